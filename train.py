@@ -1,0 +1,1061 @@
+"""Pretrain SimSiam, on a laptop's CPU, one GPU or many.
+
+    python train.py                                 # textures, built in: about two minutes on two CPU cores
+    python train.py --no-stop-gradient              # without the stop-gradient: watch it collapse
+    python train.py cifar10                         # App. D, for one GPU
+    torchrun --nproc_per_node=8 train.py PHOTOS     # a folder of images, the ImageNet recipe, eight GPUs
+    python train.py --resume                        # go on with the latest run exactly where it stopped
+
+Every epoch prints a line: loss (-1 is its minimum), spread (1 healthy, 0 collapsed), effective rank and kNN
+top-1 of the backbone's features. OUT, by default runs/DATA, receives checkpoint.pt, metrics.jsonl and
+views.png. Every random number is a function of (seed, step, rank): that is what makes --resume exact.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from simsiam import SimSiam, build_backbone, effective_rank, knn_predict, simsiam_loss, spread
+
+# ------------------------------------------------------------------------------------------------
+# Recipes and arguments
+
+# The recipe of a data set holds the defaults of its flags. lr = base_lr * batch_size / 256.
+# fmt: off
+IMAGENET = dict(
+    arch="resnet50", stem="imagenet", width=16, image_size=224, layers=3, hidden=2048, dim=2048,  # Sec. 3
+    epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4,  # Sec. 3
+    crop_min=0.2,  # App. A: RandomResizedCrop with scale in [0.2, 1]
+    blur=0.5,  # App. A has the blur's sigma; its probability stands in the authors' code only
+    knn_every=10,  # ours: one pass over the training set costs a sixth of an epoch
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],  # of ImageNet's pixels; None: measure them
+)
+CIFAR = IMAGENET | dict(  # App. D; it prints no width for h, whose d / 4 we keep from Sec. 3
+    arch="resnet18", stem="cifar", image_size=32, layers=2, mean=None, std=None,
+    epochs=800, base_lr=0.03, weight_decay=5e-4, blur=0.0,
+)
+FASHION = CIFAR | dict(image_size=28, epochs=100)  # ours: App. D, shorter
+TEXTURES = CIFAR | dict(  # ours, for two minutes on two CPU cores
+    arch="convnet", hidden=512, dim=512, epochs=20, batch_size=128, base_lr=0.8, knn_every=5,
+)
+# fmt: on
+RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
+
+# What a resumed run may change, for it does not define the training (amp and compile only round differently).
+MAY_CHANGE = "data_dir out resume export knn_every save_every amp compile device workers tensorboard".split()
+
+
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the program for something the user can mend: one line on stderr, no traceback."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from low to high. (What is not a number fails both comparisons.)"""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} from {low} to {high}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    recipes = "\n".join(f"{k}: " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        description="Pretrain SimSiam. The defaults depend on DATA and stand at the end.",
+        epilog=f"{recipes}\na folder: {IMAGENET}\ncifar10 as in App. D is about 4 GPU-hours by estimate; not run by us.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: stop(f"{message}; see --help")
+    # None means "not given", so that the checkpoint's or the recipe's value can take its place.
+    flag, switch = parser.add_argument, dict(action="store_true", default=None)
+    size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
+    flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, or a folder")
+    flag("--data-dir", help="for downloaded data sets (default: data)")
+    flag("--holdout", **switch, help="test on the last tenth of the training set, not on the test set")
+    flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
+    flag("--resume", **switch, help="continue the run in --out, or the latest one")
+    flag("--export", metavar="FILE", help="at the end write the backbone alone, for plain torchvision")
+    # model
+    flag("--arch", help="convnet, or a ResNet of torchvision by name")
+    flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels (App. D)")
+    flag("--width", type=number(int, 1, 1024), help="of the convnet's first layer")
+    flag("--dim", type=size, help="output dimension d (App. B)")
+    flag("--hidden", type=size, help="width of the projector's hidden layers (Sec. 3)")
+    flag("--layers", type=number(int, 1, 16), help="of the projector: 3 (Sec. 3), 2 (App. D)")
+    # optimization
+    flag("--epochs", type=number(int, 1, 10**6))
+    flag("--batch-size", type=number(int, 2, 10**6), help="TOTAL over all processes (Table 2)")
+    flag("--base-lr", type=rate, help="for a batch of 256; lr = base lr * batch / 256 (Sec. 3)")
+    flag("--weight-decay", type=rate, help="on all parameters, BN and biases too (App. A)")
+    flag("--warmup-epochs", type=number(int, 0, 10**6), help="default: 10 from a batch of 1024 on (Table 2), else 0")
+    flag("--decay-predictor-lr", **switch, help="cosine for h too (Table 1, baseline)")
+    flag("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
+    # images and augmentation
+    flag("--image-size", type=number(int, 8, 4096), help="side of a view in pixels")
+    flag("--mean", type=share, nargs=3, help="of the pixels (default: measured; folders: ImageNet's)")
+    flag("--std", type=number(float, 1e-3, 1), nargs=3)
+    flag("--crop-min", type=number(float, 0.01, 1), help="smallest area of a crop, a share of the image (App. A)")
+    flag("--blur", type=share, help="probability of the Gaussian blur (App. A)")
+    # ablations: off by default, one flag for each of the paper's questions
+    flag("--no-stop-gradient", **switch, help="Fig. 2: it collapses")
+    flag("--predictor", choices=["mlp", "none", "fixed"], help="Table 1a, b")
+    flag("--predictor-hidden", type=size, help="default: a quarter of --dim (App. B)")
+    flag("--bn", choices=["none", "hidden", "default", "all"], help="in the heads: Table 3a, b, c, d")
+    flag("--affine", **switch, help="scale and shift in the BN on z (Sec. 4.4)")
+    flag("--similarity", choices=["cosine", "cross-entropy"], help="Sec. 4.5")
+    flag("--asymmetric", **switch, help="predict one way only (Sec. 4.6)")
+    flag("--pairs", type=number(int, 1, 16), help="of views an image and step; 2: the 'asym. 2x' of Sec. 4.6")
+    flag("--alternate", type=number(int, 1, 10**6), help="steps that share one set of target weights (Sec. 5.2)")
+    flag("--eta-momentum", type=number(float, 0, 0.999), help="targets averaged over epochs (Sec. 5.2: 0.8)")
+    # system
+    flag("--knn-every", type=number(int, 0, 10**6), help="epochs between kNN evaluations; 0: none")
+    flag("--save-every", type=number(int, 1, 10**6), help="epochs between checkpoints (default: 1)")
+    flag("--amp", choices=["auto", "off", "bf16", "fp16"], help="auto: bf16 where the hardware multiplies it")
+    flag("--compile", **switch, help="torch.compile: slow to start, faster then")
+    flag("--device", help="cpu, cuda or mps (default: the best there is)")
+    flag("--workers", type=number(int, 0, 256), help="processes a rank that decode a folder's images (default: 4)")
+    flag("--tensorboard", **switch, help="write the metrics for TensorBoard too")
+    flag("--benchmark", type=number(int, 1, 10**6), metavar="N", help="time N steps, say where time goes, and exit")
+    return parser
+
+
+def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """Checked arguments, and the checkpoint to resume from or None. Flags over checkpoint over recipe."""
+    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    out, checkpoint = choose_out(given), None
+    # torchrun --max-restarts gives the same command again after a crash: that is a resume.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / "checkpoint.pt").exists()
+    if given.pop("resume", False) or again:
+        checkpoint = load_checkpoint(out / "checkpoint.pt")
+    saved = checkpoint["args"] if checkpoint else {}
+    for name in given.keys() & saved.keys() - set(MAY_CHANGE):
+        if given[name] != saved[name]:
+            stop(f"--resume: {out} runs with {name} {saved[name]}, not {given[name]}: leave it out or choose another --out")
+    data = given.get("data", saved.get("data", "textures"))
+    recipe = RECIPES.get(data, IMAGENET) | dict(
+        data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None, decay_predictor_lr=False,
+        no_stop_gradient=False, predictor="mlp", predictor_hidden=None, bn="default", affine=False, pairs=1,
+        similarity="cosine", asymmetric=False, alternate=1, eta_momentum=0.0,
+        save_every=1, amp="auto", compile=False, workers=4, tensorboard=False, benchmark=0,
+        device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu",
+    )  # fmt: skip
+    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out))))
+    if args.warmup_epochs is None:
+        args.warmup_epochs = 10 if args.batch_size >= 1024 else 0
+    check_args(args, given)
+    return args, checkpoint
+
+
+def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Stops on values that are each right by themselves but not together, or not here."""
+    world, kind = int(os.environ.get("WORLD_SIZE", "1")), args.device.split(":")[0]
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(cuda and ["cuda", *cuda]), *(["mps"] if torch.backends.mps.is_available() else [])]
+    for bad, message in (
+        (args.batch_size % world or args.batch_size < 2 * world, f"--batch-size {args.batch_size} is the total of "
+         f"{world} processes: take a multiple of {world}, two images each or more"),
+        (args.warmup_epochs >= args.epochs, f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
+         f"{args.epochs}: take fewer"),
+        (args.device not in devices, f"--device {args.device} is not to be had here: choose from {', '.join(devices)}"),
+        (args.amp == "fp16" and kind != "cuda", f"--amp fp16 needs CUDA, and the device is {kind}: choose bf16 or off"),
+        (args.arch == "convnet" and "stem" in given, "--stem is for ResNets, and --arch is convnet: drop one of them"),
+        (args.arch != "convnet" and "width" in given, f"--width is the convnet's, and --arch is {args.arch}: drop one"),
+        (("mean" in given) != ("std" in given), "--mean and --std go together: give both or none"),
+        (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process and without "
+         "--alternate: drop the other"),
+        (args.export and (Path(args.export).exists() or not Path(args.export).absolute().parent.is_dir()),
+         f"--export {args.export} exists already, or its folder does not: name a new file"),
+    ):  # fmt: skip
+        if bad:
+            stop(message)
+
+
+def choose_out(given: dict[str, Any]) -> Path:
+    """--out; or else the first free one of runs/DATA, runs/DATA-2, ..., and to resume the latest one."""
+
+    def used(out: Path) -> bool:
+        return out.is_dir() and any(out.iterdir())
+
+    again = given.get("resume") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if "out" in given:
+        out = Path(given["out"])
+        if out.exists() and not out.is_dir():
+            stop(f"--out {out} is a file: name a folder")
+        if used(out) and not again and "benchmark" not in given:
+            stop(f"--out {out} is in use: add --resume to continue that run, or name another folder")
+        return out
+    name = Path(given.get("data", "textures")).resolve().name or "data"
+    if again:
+        pattern = re.escape(name) + r"(-\d+)?" if "data" in given else ".*"
+        runs = [p for p in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, p.parent.name)]
+        return max(runs, key=lambda p: p.stat().st_mtime).parent if runs else Path("runs", name)
+    names = [name] + [f"{name}-{i}" for i in range(2, 10**4)]
+    return next(out for out in (Path("runs", name) for name in names) if not used(out))
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype for autocast, or None for float32. "auto" takes bfloat16 where the hardware multiplies it."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # where software emulates it, a bfloat16 product takes a hundred times as long as a float32 one
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    choice = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native else None}
+    return choice.get(amp)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: uint8 until it is on the device
+
+
+class Images(torch.utils.data.Dataset):
+    """source: images (N, 3, H, W) uint8 in memory, or a list of N files to be decoded when asked for."""
+
+    def __init__(self, source: Tensor | list[str], labels: Tensor | None, size: int = 0, crop_min: float = 1.0):
+        self.source, self.labels, self.size = source, labels, size
+        # For files. Crops are cut here and not on the device, so that images of all sizes fit one tensor.
+        self.crop = v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True)
+        self.centre = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, request: tuple[str, Tensor]) -> Tensor:
+        """(B, 3, H, W) uint8 at the B given indices; of files, if there is a key, two crops: (B, 2, 3, S, S)."""
+        key, indices = request
+        if isinstance(self.source, Tensor):
+            return self.source[indices]
+        images = []
+        for place, index in enumerate(indices.tolist()):
+            image = decode(self.source[index])
+            torch.manual_seed(seed_of(key, place, index))  # so the number of workers changes nothing
+            images.append(torch.stack([self.crop(image), self.crop(image)]) if key else self.centre(image))
+        return torch.stack(images)
+
+    def subset(self, indices: Tensor) -> "Images":
+        """The images at these indices alone."""
+        part = copy.copy(self)
+        in_memory = isinstance(self.source, Tensor)
+        part.source = self.source[indices] if in_memory else [self.source[i] for i in indices.tolist()]
+        part.labels = None if self.labels is None else self.labels[indices]
+        return part
+
+
+def decode(path: str) -> Tensor:
+    """uint8 RGB (3, H, W), upright, from whatever the file holds: gray, palette, CMYK, 16 bits, alpha."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits; converted as they are, all above 255 would turn white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def complaint(path: str) -> str | None:
+    """What is wrong with an image file, or None."""
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (8, 8))  # reads all of a JPEG, but decodes it at an eighth: quicker by far
+            file.load()
+    except Exception as error:  # Pillow's plugins raise all kinds
+        return f"{path}: {type(error).__name__}"
+
+
+def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
+    """Training and test images of args.data, downloaded if need be; measures args.mean and args.std if None."""
+    if args.data == "textures":
+        train, test = Images(*textures(5000, seed=0)), Images(*textures(2000, seed=1))
+    elif args.data in RECIPES:
+        train, test = (load_torchvision(args.data, args.data_dir, is_train) for is_train in (True, False))
+    else:
+        train, test = load_folder(args)
+    if args.holdout:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # whatever the seed
+        tenth = len(train) // 10
+        test, train = (train.subset(part) if len(part) else None for part in order.split([tenth, len(train) - tenth]))
+    if args.mean is None or args.std is None:
+        # Per pixel, over the training set. For CIFAR-10's std that gives (0.2470, 0.2435, 0.2616); the often
+        # copied (0.2023, 0.1994, 0.2010) is the mean over images of each one's own.
+        stats = [torch.std_mean(train.source[:, c].float() / 255, correction=0) for c in range(3)]
+        args.std, args.mean = ([value.item() for value in column] for column in zip(*stats))
+    return train, test
+
+
+def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Ten classes of procedural patterns: images (count, 3, size, size) uint8, and labels (count,).
+
+    Only the pattern is the class. Phase, period, a little rotation, colour, contrast, shading and pixel
+    noise are drawn for each image and say nothing about it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(count, *(shape or (1, 1))).uniform_(low, high, generator=generator)
+
+    def wave(t: Tensor) -> Tensor:
+        return (2 * math.pi * t).sin()
+
+    def saw(t: Tensor) -> Tensor:  # from -1 to 1 in each period
+        return 2 * (t - t.floor()) - 1
+
+    def line(t: Tensor) -> Tensor:  # positive on a fifth of each period
+        return saw(t).abs() - 0.78
+
+    axis = torch.arange(size) - (size - 1) / 2
+    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+    angle, period = draw(-0.3, 0.3), draw(4.5, 8)  # radians, pixels
+    u = (x * angle.cos() + y * angle.sin()) / period + draw(0, 1)  # (count, size, size), in periods
+    v = (y * angle.cos() - x * angle.sin()) / period + draw(0, 1)
+    radius = torch.hypot(u + draw(-1, 1), v + draw(-1, 1))
+    turn = torch.atan2(v + draw(-0.5, 0.5), u + draw(-0.5, 0.5)) / (2 * math.pi) * (period + 4).round()
+    noise = F.interpolate(draw(-2, 2, 1, 12, 12), size=size, mode="bicubic")[:, 0]
+    patterns = [  # for the images i; positive inside the pattern
+        lambda i: wave(u[i]),  # stripes
+        lambda i: wave(u[i]) * wave(v[i]),  # checks
+        lambda i: 0.5 - torch.hypot(saw(u[i]), saw(v[i])),  # dots
+        lambda i: wave(radius[i]),  # rings
+        lambda i: torch.maximum(line(u[i]), line(v[i])),  # grids
+        lambda i: noise[i],  # grains
+        lambda i: wave(u[i] + 0.35 * (1 - 2 * saw(v[i]).abs())),  # zigzags
+        lambda i: torch.maximum(line(2 * v[i]) / 2, line(u[i] + (2 * v[i]).floor() % 2 / 2)),  # bricks
+        lambda i: saw(u[i]) + saw(v[i]),  # triangles
+        lambda i: wave(turn[i]),  # rays
+    ]
+    labels, pattern = torch.arange(count) % len(patterns), torch.empty(count, size, size)
+    for label, function in enumerate(patterns):
+        pattern[labels == label] = torch.tanh(4 * function(labels == label))  # soft edges
+    shade = (draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y) / size + draw(0.4, 0.6)
+    tint = draw(0.7, 1.3, 3, 1, 1) * draw(0.2, 0.4, 1, 1, 1)
+    images = shade.unsqueeze(1) + draw(-0.04, 0.04, 3, 1, 1) + pattern.unsqueeze(1) * tint
+    images += 0.03 * torch.randn(images.shape, generator=generator)
+    return (images.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def load_torchvision(name: str, root: str, is_train: bool) -> Images:
+    """A data set of torchvision, as RGB."""
+    sets = torchvision.datasets
+    kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "fashion-mnist": sets.FashionMNIST}[name]
+    later = dist.is_initialized() and os.environ["LOCAL_RANK"] != "0"
+    if later:  # one process of each machine downloads, and the others come after it
+        dist.barrier()
+    try:
+        dataset = kind(root, train=is_train, download=True)
+    except (OSError, RuntimeError) as error:  # no network, no space, a damaged archive
+        what = f"its four .gz files into {root}/FashionMNIST/raw" if name == "fashion-mnist" else f"{Path(kind.url).name} into {root}"
+        stop(f"{name} is not in --data-dir {root} and can't be downloaded ({str(error).splitlines()[0]}): put {what}")
+    if dist.is_initialized() and not later:
+        dist.barrier()
+    images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
+    images = images.unsqueeze(1).expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Images(images.contiguous(), torch.as_tensor(dataset.targets))
+
+
+def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
+    """DATA/train and DATA/val with a subfolder a class; or images anywhere below DATA, then without labels.
+
+    All files are read once before the training starts. Those that can't be are named, and left out.
+    """
+    root = Path(args.data)
+    if not root.is_dir():
+        stop(f"no data set and no folder is called {args.data!r}: choose {', '.join(RECIPES)}, or a folder of images")
+    parts = [root / "train", root / "val"] if (root / "train").is_dir() and (root / "val").is_dir() else [root]
+    labelled, extensions = len(parts) == 2, torchvision.datasets.folder.IMG_EXTENSIONS
+    files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in extensions and p.is_file()) for part in parts]
+    rank, world = process()
+    mine = sum(files, [])[rank::world]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
+        bad = gather([(path, why) for path, why in zip(mine, pool.map(complaint, mine)) if why])
+    if bad:
+        warn(f"{len(bad)} files can't be read and are left out: {', '.join(why for _, why in bad[:5])}")
+    files = [[path for path in paths if path not in dict(bad)] for paths in files]
+    for part, paths in zip(parts, files):
+        if not paths:
+            stop(f"no readable image below {part}: looked for {' '.join(extensions)}")
+    if not labelled:
+        return Images(files[0], None, args.image_size, args.crop_min), None
+    names = [[Path(path).relative_to(part).parts[0] for path in paths] for part, paths in zip(parts, files)]
+    classes = sorted({*names[0], *names[1]})  # a class may be missing from one part
+    if set(names[0]) != set(names[1]):
+        warn(f"only one of train and val has images of {', '.join(sorted(set(names[0]) ^ set(names[1]))[:5])}")
+    labels = [torch.tensor([classes.index(name) for name in column]) for column in names]
+    return tuple(Images(*pair, args.image_size, args.crop_min) for pair in zip(files, labels))
+
+
+def seed_of(*parts: Any) -> int:
+    """32 bits, which is all that the CPU's generator takes, from anything that prints."""
+    return zlib.crc32(repr(parts).encode())
+
+
+def schedule(
+    n: int, batch: int, seed: int, steps: range, rank: int = 0, world: int = 1, pairs: int = 1
+) -> Iterator[tuple[str, Tensor]]:
+    """For each step the epoch's key, and the indices of this rank's part of the batch, (pairs * batch / world,).
+
+    An epoch is a new permutation of all n images, the same one on every rank, cut into n // batch batches.
+    What is left over is another handful each time.
+    """
+    for step in steps:
+        epoch, position = divmod(step, n // batch)
+        if position == 0 or step == steps.start:
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+        yield f"{seed} {epoch}", order[position * batch :][:batch][rank::world].repeat(pairs)
+
+
+def load(images: Images, requests: Iterable[tuple[str, Tensor]], workers: int) -> torch.utils.data.DataLoader:
+    """uint8 batches in the order of the requests, from one set of workers."""
+    return torch.utils.data.DataLoader(
+        images,
+        sampler=requests,
+        batch_size=None,  # a request is a batch already
+        num_workers=0 if isinstance(images.source, Tensor) else workers,  # from memory a gather is quicker
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal. What to do about it is the trainer's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation (App. A): a batch at a time, on the device, with parameters drawn per image. All of it works on
+# x (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU: the same ones for every device.
+
+
+def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, left, height, width, each (N,), distributed as in torchvision's RandomResizedCrop."""
+    area = height * width * torch.empty(n, 10).uniform_(crop_min, 1)
+    ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)  # of ten tries; if none fits, the whole image
+    w = torch.where(fits.any(dim=1), w.gather(1, first)[:, 0], width)
+    h = torch.where(fits.any(dim=1), h.gather(1, first)[:, 0], height)
+    return (torch.rand(n) * (height - h + 1)).floor(), (torch.rand(n) * (width - w + 1)).floor(), h, w
+
+
+def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
+    """(N, size_out, size_in): cuts `length` pixels from `start` and resizes them, bilinear, antialiased."""
+    # Resizing is linear and separable. As a matrix for the rows and one for the columns, a whole batch of
+    # different crops is two batched products, the crop itself costs nothing, and nor does a flip.
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    scale = length / size_out
+    centre = start + (torch.arange(size_out).view(1, -1, 1) + 0.5) * scale
+    pixel = torch.arange(size_in) + 0.5
+    weight = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)  # a triangle
+    weight = weight * ((pixel > start) & (pixel < start + length))  # nothing from outside the crop
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    """(N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+# The four of ColorJitter. f, (N, 1, 1, 1), is one factor an image.
+def brightness(x: Tensor, f: Tensor) -> Tensor:
+    return (x * f).clamp_(0, 1)
+
+
+def contrast(x: Tensor, f: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x).mean(dim=(1, 2, 3), keepdim=True), x, f).clamp_(0, 1)
+
+
+def saturation(x: Tensor, f: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x), x, f).clamp_(0, 1)
+
+
+def hue(x: Tensor, f: Tensor) -> Tensor:
+    """Turns the hue by f of a full circle, as through HSV and back."""
+    red, green, blue = x.unbind(dim=1)  # (N, H, W)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    divisor = chroma.clamp_min(1e-6)  # gray has no hue, and with chroma 0 none is used below
+    sector = torch.where(
+        value == red,
+        (green - blue).div_(divisor),
+        torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
+    )
+    turn = sector.div_(6).add_(f.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
+    # A channel is at its maximum over a third of the circle, at its minimum over another, linear between.
+    offset = torch.tensor([5 / 6, 3 / 6, 1 / 6], device=x.device).view(1, 3, 1, 1)
+    below = (turn + offset).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with sigma (N,), in pixels, up to 2; reflecting at the border."""
+    n, _, height, width = x.shape
+    radius = min(6, height - 1, width - 1)  # three standard deviations of the widest
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-taps.square() / (2 * sigma.view(-1, 1).square()))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3N, taps)
+    # One group a channel of each image: every image has its own kernel.
+    x = F.pad(x.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=3 * n)
+    return F.conv2d(x, kernel[:, None, None, :], groups=3 * n).view(n, 3, height, width)
+
+
+def two_views(images: Tensor, args: argparse.Namespace) -> Tensor:
+    """Two augmented views of each image: (2, N, 3, S, S) float, normalized, channels last.
+
+    images: uint8, (N, 3, H, W), or (N, 2, 3, S, S) where two crops of each were cut already.
+    """
+    cut, size, device = images.ndim == 5, args.image_size, images.device
+    images = images if cut else images.unsqueeze(1).expand(-1, 2, -1, -1, -1)
+    x = images.transpose(0, 1).flatten(0, 1).float() / 255  # (2N, 3, H, W): first the one view, then the other
+    n, _, height, width = x.shape
+    whole = torch.zeros(n), torch.zeros(n), torch.full((n,), height), torch.full((n,), width)
+    top, left, h, w = whole if cut else crop_boxes(n, height, width, args.crop_min)
+
+    def some(p: float) -> Tensor:
+        return (torch.rand(n) < p).nonzero()[:, 0].to(device)
+
+    def draw(count: int, low: float, high: float) -> Tensor:
+        return torch.empty(count, 1, 1, 1).uniform_(low, high).to(device)
+
+    columns = resize_matrix(left, w, width, size)
+    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(1), columns).to(device)  # the flip
+    rows = resize_matrix(top, h, height, size).to(device).unsqueeze(1)
+    x = rows @ (x.reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
+
+    chosen = some(0.8)  # ColorJitter(0.4, 0.4, 0.4, 0.1) in a random order, which one batch shares
+    jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
+    jittered = x[chosen]
+    for i in torch.randperm(4).tolist():
+        operation, low, high = jitter[i]
+        jittered = operation(jittered, draw(len(chosen), low, high))
+    x[chosen] = jittered
+    chosen = some(0.2)
+    x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
+    chosen = some(args.blur)
+    if len(chosen):
+        x[chosen] = blur(x[chosen], draw(len(chosen), 0.1, 2.0))
+    return normalize(x, args).unflatten(0, (2, -1))
+
+
+def normalize(x: Tensor, args: argparse.Namespace) -> Tensor:
+    """x (N, 3, H, W) in [0, 1], standardized as the network expects it, channels last."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (args.mean, args.std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """lr of update `step` of `steps`: linear to the peak in `warmup` updates, then half a cosine to zero.
+
+    To be set before the update: the first one runs at the peak (or peak / warmup), the last just above zero.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+class Targets(nn.Module):
+    """What the predictions have to meet: z itself, unless one of the variants of Sec. 5.2 is on."""
+
+    def __init__(self, model: SimSiam, n: int, args: argparse.Namespace):
+        super().__init__()
+        self.every, self.momentum = args.alternate, args.eta_momentum
+        # k-step alternation: the targets of k steps come from the weights before the first of them. (The paper
+        # computes them ahead and keeps them. To keep the weights comes to the same.)
+        self.model = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
+        # In place of the expectation over augmentations, an average over an image's visits.
+        self.register_buffer("eta", torch.zeros(n, args.dim) if self.momentum else None)
+
+    def forward(
+        self, step: int, indices: Tensor, model: SimSiam, x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.model is not None:
+            if step % self.every == 0:
+                self.model.load_state_dict(model.state_dict())
+            with torch.no_grad():
+                z1, z2 = self.model(x1, x2)[2:]
+        if self.eta is not None:
+            z1, z2 = (torch.lerp(z.detach().float(), self.eta[indices], self.momentum) for z in (z1, z2))
+            self.eta[indices] = (z1 + z2) / 2
+        return z1, z2
+
+
+class Trainer:
+    """The model and all that changes with it: `update` makes one step, `state_dict` is the whole state."""
+
+    def __init__(self, args: argparse.Namespace, n: int, device: torch.device):
+        self.args, self.device, self.amp = args, device, amp_dtype(args.amp, device)
+        (self.rank, world), self.step, per_epoch = process(), 0, n // args.batch_size
+        self.steps, self.warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+        torch.manual_seed(args.seed)  # the same weights on every rank
+        try:
+            backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
+        except ValueError as error:
+            stop(f"--arch {args.arch}: {error}")
+        heads = {k: vars(args)[k] for k in "dim hidden layers predictor_hidden predictor bn affine".split()}
+        model = SimSiam(backbone, feature_dim, **heads)
+        if world > 1 and device.type == "cuda":
+            # BN over the whole batch. It exists for CUDA only: on the CPU every process normalizes its own part.
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # `model` stays the bare model, and that is what is saved: no "module." in its keys.
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.targets = Targets(self.model, n, args).to(device)
+        self.optimizer = self.build_optimizer()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.wrapped: nn.Module = self.model
+        if world > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
+        self.wrapped = torch.compile(self.wrapped, disable=not args.compile)
+
+    def build_optimizer(self) -> torch.optim.SGD:
+        """SGD with two groups: the encoder, whose lr decays, and the predictor, whose lr is constant (Table 1c)."""
+        encoder = [*self.model.backbone.parameters(), *self.model.projector.parameters()]
+        groups = [dict(params=encoder, constant=False)]
+        if predictor := list(self.model.predictor.parameters()):
+            groups.append(dict(params=predictor, constant=not self.args.decay_predictor_lr))
+        # Sec. 3 and App. A. Weight decay is on everything, on the scale and bias of BN too.
+        peak = self.args.base_lr * self.args.batch_size / 256
+        return torch.optim.SGD(groups, lr=peak, momentum=0.9, weight_decay=self.args.weight_decay)
+
+    def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
+        """One step on uint8 images. Returns (loss, spread), of this rank's part of the batch, on the device."""
+        args, peak = self.args, self.optimizer.defaults["lr"]
+        torch.manual_seed(seed_of(args.seed, self.step, self.rank))  # for the views, and for a backbone's dropout
+        x1, x2 = two_views(batch.to(self.device, non_blocking=True), args)
+        mark("augmentation")
+        for group in self.optimizer.param_groups:
+            group["lr"] = peak if group["constant"] else learning_rate(self.step, self.steps, peak, self.warmup)
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            p1, p2, z1, z2 = self.wrapped(x1, x2)
+            t1, t2 = self.targets(self.step, indices, self.model, x1, x2, z1, z2)
+        loss = simsiam_loss(
+            p1, p2, t1, t2, not args.asymmetric, stop_gradient=not args.no_stop_gradient, similarity=args.similarity
+        )
+        mark("forward")
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        mark("backward")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        mark("optimizer")
+        self.step += 1
+        return torch.stack([loss.detach(), spread(z1)])
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "targets", "optimizer", "scaler")}
+        return parts | dict(step=self.step)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("model", "targets", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step = state["step"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Monitors
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, images: Images, args: argparse.Namespace, amp: torch.dtype | None = None, limit: int = 2**62
+) -> Tensor:
+    """Features (N, D) float32 of the first `limit` images, not augmented, by the backbone in eval mode.
+
+    Processes share the work, and each returns all of it. Every image counts once: no last batch is dropped.
+    """
+    rank, world = process()
+    device, mode, n = torch.device(args.device), backbone.training, min(len(images), limit)
+    mine = (torch.arange(math.ceil(n / world) * world) % n)[rank::world]  # as many on every rank
+    backbone.eval()
+    features = []
+    for batch in load(images, [("", indices) for indices in mine.split(250)], args.workers):
+        x = normalize(batch.to(device, non_blocking=True).float() / 255, args)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            features.append(backbone(x).float())
+    backbone.train(mode)
+    parts = [torch.cat(features)]
+    if world > 1:
+        parts = [torch.empty_like(parts[0]) for _ in range(world)]
+        dist.all_gather(parts, torch.cat(features))
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n]  # in order again
+
+
+def monitor(
+    backbone: nn.Module, train: Images, test: Images | None, args: argparse.Namespace, amp: torch.dtype | None, knn: bool
+) -> tuple[float, float | None]:
+    """Effective rank of 512 images' features; and the share of all test images that kNN labels correctly, or None.
+
+    The classifier is that of simsiam.py, on backbone features, with the whole training set as its bank.
+    """
+    for buffer in backbone.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # one network everywhere: without SyncBN the ranks' running means differ
+    if not knn or test is None or test.labels is None:
+        return effective_rank(extract_features(backbone, test or train, args, amp, limit=512)).item(), None
+    bank, features = (extract_features(backbone, images, args, amp) for images in (train, test))
+    predicted = knn_predict(features, bank, train.labels.to(bank.device))
+    return effective_rank(features[:512]).item(), (predicted.cpu() == test.labels).sum().item() / len(test)
+
+
+def advice(loss: float, spread_: float, progress: float) -> str:
+    """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
+    if loss < -0.95 and spread_ < 0.3:
+        return (
+            "collapsed, all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does each "
+            "prediction meet the OTHER view? Then try the augmentations of App. A, and a lower --base-lr"
+        )
+    if loss > -0.2 and progress >= 0.2:
+        return (
+            "not learning, which is not collapse (the loss stays near 0). Try a lower --base-lr, or --warmup-epochs"
+        )
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Plumbing: processes, files, signals
+
+
+def process() -> tuple[int, int]:
+    """Rank and world size."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(mine: list[Any]) -> list[Any]:
+    """The lists of all ranks, as one."""
+    everyone = [mine] * process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, mine)
+    return sum(everyone, [])
+
+
+def warn(message: str) -> None:
+    if process()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def setup_distributed(device: str) -> torch.device:
+    """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = f"cuda:{torch.cuda.current_device()}"
+    # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Leaves at path the old content or the new one, whole, whatever happens."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        stop(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is untouched", status=1)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of train.py; never runs code from the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if broken := archive.testzip():
+                raise ValueError(f"checksum of {broken}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError):
+        stop(f"{path} does not exist, so there is nothing to resume: check --out, or leave out --resume")
+    except Exception as error:  # what a damaged file raises has no common type
+        stop(f"{path} is damaged or not a checkpoint ({type(error).__name__}): name another one, or start anew")
+    if not isinstance(checkpoint, dict) or not {"model", "optimizer", "step", "args"} <= checkpoint.keys():
+        stop(f"{path} is not a checkpoint of train.py: name another one")
+    return checkpoint
+
+
+def save_views(images: Images, request: tuple[str, Tensor], args: argparse.Namespace, path: Path) -> None:
+    """A picture of what the network sees: eight images, and below each of them its two views."""
+    request = request[0], request[1][:8]
+    torch.manual_seed(args.seed)
+    views = two_views(images[request], args).flatten(0, 1)
+    mean, std = torch.tensor(args.mean).view(3, 1, 1), torch.tensor(args.std).view(3, 1, 1)
+    originals = F.interpolate(images[("", request[1])] / 255, args.image_size, mode="bilinear", antialias=True)
+    picture = torch.cat([originals, (views * std + mean).clamp(0, 1)])
+    torchvision.utils.save_image(picture, path, nrow=len(originals))
+
+
+def export_backbone(backbone: nn.Module, path: str) -> None:
+    """The weights alone, under torchvision's names."""
+    weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    replace_file(Path(path), lambda file: torch.save(weights, file))
+
+
+def claim(out: Path) -> BinaryIO:
+    """Makes OUT this process's own as long as the returned file is open."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "wb")
+    try:
+        import fcntl  # Windows has none, and there two runs in one folder are not noticed
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        stop(f"--out {out} is in use by another process: name another folder")
+    return lock
+
+
+def catch_signals() -> Callable[[], int]:
+    """From now on the first SIGINT, SIGTERM or SIGHUP is only noted, and a second one kills.
+
+    The function returned gives the signal's number, 0 for none, once any rank has one: all must stop together.
+    """
+    noted = torch.zeros((), dtype=torch.int64)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.fill_(number)
+        # torchrun passes on what the terminal has delivered to all already; it kills by itself if need be.
+        signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
+
+    def agreed() -> int:
+        number = noted.clone()
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it cannot be done
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), note)
+    return agreed
+
+
+def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
+    """A function that writes one epoch's numbers. Rows of OUT/metrics.jsonl later than `step` are dropped."""
+    path, writer = out / "metrics.jsonl", None
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    replace_file(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+    if tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            stop("--tensorboard needs a package: pip install tensorboard")
+        writer = SummaryWriter(out, purge_step=step)
+
+    def write(row: dict[str, Any]) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if writer and value is not None:
+                writer.add_scalar(name, value, row["step"])
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------
+# The training
+
+
+def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSiam:
+    """Steps from wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
+    device, out = setup_distributed(args.device), Path(args.out)
+    args.device = str(device)
+    (rank, world), chief = process(), process()[0] == 0  # the chief alone prints and writes
+    lock = claim(out) if chief and not args.benchmark else None  # noqa: F841: held until the end
+    images, test = load_data(args)
+    n, per_epoch = len(images), len(images) // args.batch_size
+    if per_epoch == 0:
+        stop(f"--batch-size {args.batch_size} is more than the {n} images of {args.data}: take a smaller one")
+    trainer = Trainer(args, n, device)
+    sums, seconds = torch.zeros(2, device=device), 0.0  # sums: of loss and spread over the epoch so far
+    if checkpoint:
+        try:
+            trainer.load_state_dict(checkpoint)
+            sums, seconds, before = torch.tensor(checkpoint["sums"]).to(device), checkpoint["seconds"], checkpoint["n"]
+        except Exception as error:  # whatever a file of the right form may hold
+            stop(f"{out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}): name another one, or start anew")
+        if before != n:
+            stop(f"--resume: {args.data} had {before} images and now has {n}: restore them, or start anew")
+
+    def save() -> None:
+        state = trainer.state_dict() | dict(sums=sums.tolist(), seconds=time.time() - began, n=n, args=vars(args))
+        if chief:
+            replace_file(out / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def check(values: Iterable[Tensor]) -> None:
+        if not all(value.isfinite().all() for value in values):
+            lr = trainer.optimizer.param_groups[0]["lr"]
+            stop(f"loss or weights are not finite at step {trainer.step}, lr {lr:.4g}, amp {trainer.amp}: lower --base-lr, "
+                 f"or --amp off. {out / 'checkpoint.pt'} is from before", status=1)  # fmt: skip
+
+    began, busy, since = time.time() - seconds, time.time(), trainer.step
+    requests = partial(schedule, n, args.batch_size, args.seed, rank=rank, world=world, pairs=args.pairs)
+    if args.benchmark:
+        benchmark(trainer, images, test, requests)
+        return trainer.model
+    if chief:
+        lr = trainer.optimizer.defaults["lr"]
+        print(
+            f"{args.data}: {n} images, {trainer.steps} steps of {args.batch_size} on {world} x {device.type}, "
+            f"{trainer.amp or torch.float32}; lr {args.base_lr} * {args.batch_size} / 256 = {lr:.4g}; into {out}\n"
+            f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: k=200, T=0.2"
+            + ("" if images.labels is not None else "; no labels, so no kNN"),
+            flush=True,
+        )
+        if trainer.step == 0:
+            save_views(images, next(requests(range(1))), args, out / "views.png")
+        write_metrics = open_metrics(out, trainer.step, args.tensorboard)
+    if trainer.step == 0:
+        save()  # now there is always something to resume, and a full disk shows at once
+        rank_, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn=args.knn_every > 0)
+        say(f"untrained:   rank {rank_:5.1f}" + ("" if knn is None else f"  kNN {knn:6.1%}"))
+    signalled = catch_signals()
+    trainer.model.train()
+    steps = range(trainer.step, trainer.steps)
+    for (_, indices), batch in zip(requests(steps), load(images, requests(steps), args.workers)):
+        sums += trainer.update(batch, indices)
+        epoch, position = divmod(trainer.step, per_epoch)
+        signal_number, at_end = signalled(), position == 0
+        # To read a number makes a GPU finish its work first: there, only now and then.
+        if device.type == "cpu" or at_end or signal_number or trainer.step % 50 == 0:
+            check([sums])
+        if chief and sys.stdout.isatty():
+            print(f"\repoch {epoch + 1}/{args.epochs}: step {position}/{per_epoch} ", end="", flush=True)
+        if at_end:
+            rate, done = (trainer.step - since) * args.batch_size / (time.time() - busy), trainer.step / trainer.steps
+            loss, spread_ = (sum(gather([sums / per_epoch])) / world).tolist()
+            knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
+            rank_, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn_now)
+            seconds, lr = time.time() - began, trainer.optimizer.param_groups[0]["lr"]
+            row = dict(epoch=epoch, step=trainer.step, loss=loss, spread=spread_, rank=rank_, knn=knn, lr=lr)
+            if chief:
+                write_metrics(row | dict(images_per_second=rate, seconds=seconds))
+            say(
+                f"\repoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank_:5.1f}  "
+                + ("" if knn is None else f"kNN {knn:6.1%}  ")
+                + f"lr {lr:.4f}  {rate:.0f} images/s  {seconds / done - seconds:.0f} s left"
+            )
+            if text := advice(loss, spread_, done):
+                warn(text)
+            sums.zero_()
+        if signal_number or at_end and (epoch % args.save_every == 0 or epoch == args.epochs):
+            check(trainer.model.parameters())
+            save()
+        if signal_number:
+            say(f"\n{signal.Signals(signal_number).name} at step {trainer.step}: saved to {out}; go on with --resume --out {out}")
+            sys.exit(128 + signal_number)
+        if at_end:
+            busy, since = time.time(), trainer.step
+    return trainer.model
+
+
+def benchmark(trainer: Trainer, images: Images, test: Images | None, requests: Callable[..., Iterator]) -> None:
+    """Times --benchmark steps after ten others, and says what share each part of a step takes."""
+    args, device, spent = trainer.args, trainer.device, {}
+    rank, world = process()
+    last = time.perf_counter()
+
+    def mark(phase: str) -> None:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # kernels run behind Python's back
+        now = time.perf_counter()
+        spent[phase], last = spent.get(phase, 0) + now - last, now
+
+    trainer.model.train()
+    per_epoch, warm = len(images) // args.batch_size, 10
+    steps = range(warm + args.benchmark)
+    for (_, indices), batch in zip(requests(steps), load(images, requests(steps), args.workers)):
+        mark("loading")
+        trainer.update(batch, indices, mark)
+        mark("spread")
+        if trainer.step == warm:
+            spent.clear()
+    step = sum(spent.values()) / args.benchmark
+    monitors = {}
+    for knn in (False, True):
+        last = time.perf_counter()
+        monitor(trainer.model.backbone, images, test, args, trainer.amp, knn)
+        mark("monitor")
+        monitors[knn], spent["monitor"] = spent["monitor"], 0
+    each = (monitors[False] + (monitors[True] / args.knn_every if args.knn_every else 0)) / per_epoch
+    spent = {k: v / args.benchmark for k, v in spent.items() if v} | {"rank and kNN": each}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        import resource  # Unix has it
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    say(
+        f"{args.data}, {args.arch}, batch {args.batch_size}, {world} x {device.type}, {trainer.amp or torch.float32}: "
+        f"{args.batch_size / step:.1f} images/s, {1000 * step:.1f} ms a step, peak memory {peak:.0f} MiB\n"
+        + "  ".join(f"{phase} {seconds / (step + each):.1%}" for phase, seconds in spent.items())
+    )
+
+
+def say(message: str) -> None:
+    if process()[0] == 0:
+        print(message, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole command, for a shell, a notebook or a test. Raises SystemExit on a mistake and on a signal."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        args, checkpoint = get_args(argv)
+        model = train(args, checkpoint)
+        if args.export and process()[0] == 0:
+            export_backbone(model.backbone, args.export)
+    except KeyboardInterrupt:  # before the training began
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        stop("out of memory: take a smaller --batch-size or --image-size", status=1)
+    except OSError as error:
+        stop(f"{error}: is the disk full, or the folder read-only?", status=1)
+    finally:
+        for number, handler in handlers.items():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
