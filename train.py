@@ -1,6 +1,6 @@
 """Pretrain SimSiam, on a laptop's CPU, one GPU or many.
 
-    python train.py                                 # textures, built in: about two minutes on two CPU cores
+    python train.py                                 # textures, built in: about a minute on two CPU cores
     python train.py --no-stop-gradient              # without the stop-gradient: watch it collapse
     python train.py cifar10                         # App. D, for one GPU
     torchrun --nproc_per_node=8 train.py PHOTOS     # a folder of images, the ImageNet recipe, eight GPUs
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ IMAGENET = dict(
     epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4,  # Sec. 3
     crop_min=0.2,  # App. A: RandomResizedCrop with scale in [0.2, 1]
     blur=0.5,  # App. A has the blur's sigma; its probability stands in the authors' code only
-    knn_every=10,  # ours: one pass over the training set costs a sixth of an epoch
+    knn_every=10,  # ours: each time costs one more pass over the training set
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],  # of ImageNet's pixels; None: measure them
 )
 CIFAR = IMAGENET | dict(  # App. D; it prints no width for h, whose d / 4 we keep from Sec. 3
@@ -63,44 +64,58 @@ TEXTURES = CIFAR | dict(  # ours, for two minutes on two CPU cores
 )
 # fmt: on
 RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
+COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
 
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
 MAY_CHANGE = "data_dir out resume export knn_every save_every amp compile device workers tensorboard".split()
 
 
+def process() -> tuple[int, int]:
+    """Rank and world size, as torchrun set them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(message: str, file: TextIO | None = None) -> None:
+    """Prints once, however many processes there are."""
+    if process()[0] == 0:
+        print(message, file=file, flush=True)
+
+
 def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program for something the user can mend: one line on stderr, no traceback."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """Ends the program for something the user can mend: one line on stderr, no traceback."""
+    say(f"error: {message}", sys.stderr)
     sys.exit(status)
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high. (What is not a number fails both comparisons.)"""
+    """An argparse type: a number from low to high."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan  # fails both comparisons
         if not low <= value <= high:
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} from {low} to {high}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
         return value
 
     return parse
 
 
-def build_parser() -> argparse.ArgumentParser:
-    recipes = "\n".join(f"{k}: " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in RECIPES.items())
-    parser = argparse.ArgumentParser(
-        description="Pretrain SimSiam. The defaults depend on DATA and stand at the end.",
-        epilog=f"{recipes}\na folder: {IMAGENET}\ncifar10 as in App. D is about 4 GPU-hours by estimate; not run by us.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def command_line(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser whose every complaint is one line."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
     parser.error = lambda message: stop(f"{message}; see --help")
-    # None means "not given", so that the checkpoint's or the recipe's value can take its place.
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    recipes = (RECIPES | {"a folder": IMAGENET}).items()
+    lines = (f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes)
+    parser = command_line("Pretrain SimSiam. The defaults depend on DATA and stand at the end.", "\n".join([*lines, COST]))
+    # A default of None means "not given", so that the checkpoint's or the recipe's value can take its place.
     flag, switch = parser.add_argument, dict(action="store_true", default=None)
     size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
     flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, or a folder")
@@ -130,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--std", type=number(float, 1e-3, 1), nargs=3)
     flag("--crop-min", type=number(float, 0.01, 1), help="smallest area of a crop, a share of the image (App. A)")
     flag("--blur", type=share, help="probability of the Gaussian blur (App. A)")
-    # ablations: off by default, one flag for each of the paper's questions
+    # ablations: all off by default
     flag("--no-stop-gradient", **switch, help="Fig. 2: it collapses")
     flag("--predictor", choices=["mlp", "none", "fixed"], help="Table 1a, b")
     flag("--predictor-hidden", type=size, help="default: a quarter of --dim (App. B)")
@@ -138,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--affine", **switch, help="scale and shift in the BN on z (Sec. 4.4)")
     flag("--similarity", choices=["cosine", "cross-entropy"], help="Sec. 4.5")
     flag("--asymmetric", **switch, help="predict one way only (Sec. 4.6)")
-    flag("--pairs", type=number(int, 1, 16), help="of views an image and step; 2: the 'asym. 2x' of Sec. 4.6")
+    flag("--pairs", type=number(int, 1, 16), help="of views an image and step; 2: the asymmetric '2x' of Sec. 4.6")
     flag("--alternate", type=number(int, 1, 10**6), help="steps that share one set of target weights (Sec. 5.2)")
     flag("--eta-momentum", type=number(float, 0, 0.999), help="targets averaged over epochs (Sec. 5.2: 0.8)")
     # system
@@ -156,11 +171,15 @@ def build_parser() -> argparse.ArgumentParser:
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Checked arguments, and the checkpoint to resume from or None. Flags over checkpoint over recipe."""
     given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
-    out, checkpoint = choose_out(given), None
+    if "data" in given and given["data"] not in RECIPES:
+        given["data"] = str(Path(given["data"]).resolve())  # to be found again from another folder
     # torchrun --max-restarts gives the same command again after a crash: that is a resume.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / "checkpoint.pt").exists()
-    if given.pop("resume", False) or again:
-        checkpoint = load_checkpoint(out / "checkpoint.pt")
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    out, checkpoint = choose_out(given, again or "resume" in given), None
+    if "resume" in given or again and (out / "checkpoint.pt").exists():
+        checkpoint = read_checkpoint(out / "checkpoint.pt")
+        if not {"model", "optimizer", "step", "args"} <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
+            stop(f"{out / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
     saved = checkpoint["args"] if checkpoint else {}
     for name in given.keys() & saved.keys() - set(MAY_CHANGE):
         if given[name] != saved[name]:
@@ -173,7 +192,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         save_every=1, amp="auto", compile=False, workers=4, tensorboard=False, benchmark=0,
         device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu",
     )  # fmt: skip
-    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out))))
+    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out), resume=None)))
     if args.warmup_epochs is None:
         args.warmup_epochs = 10 if args.batch_size >= 1024 else 0
     check_args(args, given)
@@ -181,49 +200,63 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
 
 def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
-    """Stops on values that are each right by themselves but not together, or not here."""
-    world, kind = int(os.environ.get("WORLD_SIZE", "1")), args.device.split(":")[0]
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", *(cuda and ["cuda", *cuda]), *(["mps"] if torch.backends.mps.is_available() else [])]
-    for bad, message in (
+    """Stops on values that are each right by themselves, but not together or not here."""
+    world, kind = process()[1], check_device(args.device)
+    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
+    for wrong, message in (
         (args.batch_size % world or args.batch_size < 2 * world, f"--batch-size {args.batch_size} is the total of "
          f"{world} processes: take a multiple of {world}, two images each or more"),
         (args.warmup_epochs >= args.epochs, f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
          f"{args.epochs}: take fewer"),
-        (args.device not in devices, f"--device {args.device} is not to be had here: choose from {', '.join(devices)}"),
         (args.amp == "fp16" and kind != "cuda", f"--amp fp16 needs CUDA, and the device is {kind}: choose bf16 or off"),
+        (args.compile and kind == "cpu" and not any(map(shutil.which, compilers)), "--compile needs a C++ compiler "
+         "here: install g++, or leave it out"),
         (args.arch == "convnet" and "stem" in given, "--stem is for ResNets, and --arch is convnet: drop one of them"),
         (args.arch != "convnet" and "width" in given, f"--width is the convnet's, and --arch is {args.arch}: drop one"),
         (("mean" in given) != ("std" in given), "--mean and --std go together: give both or none"),
-        (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process and without "
+        (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process, and without "
          "--alternate: drop the other"),
-        (args.export and (Path(args.export).exists() or not Path(args.export).absolute().parent.is_dir()),
-         f"--export {args.export} exists already, or its folder does not: name a new file"),
+        (args.benchmark and {"out", "resume", "export"} & given.keys(), "--benchmark writes nothing: leave out --out, "
+         "--resume and --export"),
     ):  # fmt: skip
-        if bad:
+        if wrong:
             stop(message)
+    check_new_file("--export", args.export)
 
 
-def choose_out(given: dict[str, Any]) -> Path:
-    """--out; or else the first free one of runs/DATA, runs/DATA-2, ..., and to resume the latest one."""
+def check_device(device: str) -> str:
+    """The kind of a device that is there."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", *(cuda and ["cuda", *cuda]), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device not in devices:
+        stop(f"--device {device} is not to be had here: choose from {', '.join(devices)}")
+    return device.split(":")[0]
+
+
+def check_new_file(flag: str, path: str | None) -> None:
+    if path and (Path(path).exists() or not Path(path).absolute().parent.is_dir()):
+        stop(f"{flag} {path} exists already, or its folder does not: name a new file")
+
+
+def choose_out(given: dict[str, Any], again: bool) -> Path:
+    """--out; or else the first free one of runs/DATA, runs/DATA-2, ..., and to go on again the latest one."""
 
     def used(out: Path) -> bool:
         return out.is_dir() and any(out.iterdir())
 
-    again = given.get("resume") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if "out" in given:
         out = Path(given["out"])
         if out.exists() and not out.is_dir():
             stop(f"--out {out} is a file: name a folder")
-        if used(out) and not again and "benchmark" not in given:
+        if used(out) and not again:
             stop(f"--out {out} is in use: add --resume to continue that run, or name another folder")
         return out
-    name = Path(given.get("data", "textures")).resolve().name or "data"
+    name = Path(given.get("data", "textures")).name or "data"
     if again:
         pattern = re.escape(name) + r"(-\d+)?" if "data" in given else ".*"
-        runs = [p for p in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, p.parent.name)]
-        return max(runs, key=lambda p: p.stat().st_mtime).parent if runs else Path("runs", name)
-    names = [name] + [f"{name}-{i}" for i in range(2, 10**4)]
+        runs = [path for path in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, path.parent.name)]
+        return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else Path("runs", name)
+    names = (f"{name}-{i}" if i > 1 else name for i in range(1, 10**6))
     return next(out for out in (Path("runs", name) for name in names) if not used(out))
 
 
@@ -231,11 +264,10 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """The dtype for autocast, or None for float32. "auto" takes bfloat16 where the hardware multiplies it."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # where software emulates it, a bfloat16 product takes a hundred times as long as a float32 one
+    else:  # emulated in software, bfloat16 is far slower than float32
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         native = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-    choice = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native else None}
-    return choice.get(amp)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native else None}.get(amp)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,9 +278,10 @@ class Images(torch.utils.data.Dataset):
     """source: images (N, 3, H, W) uint8 in memory, or a list of N files to be decoded when asked for."""
 
     def __init__(self, source: Tensor | list[str], labels: Tensor | None, size: int = 0, crop_min: float = 1.0):
-        self.source, self.labels, self.size = source, labels, size
+        self.source, self.labels = source, labels
         # For files. Crops are cut here and not on the device, so that images of all sizes fit one tensor.
-        self.crop = v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True)
+        resize = v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True)
+        self.crop = v2.Compose([resize, v2.RandomHorizontalFlip()])
         self.centre = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
@@ -267,9 +300,7 @@ class Images(torch.utils.data.Dataset):
         return torch.stack(images)
 
     def subset(self, indices: Tensor) -> "Images":
-        """The images at these indices alone."""
-        part = copy.copy(self)
-        in_memory = isinstance(self.source, Tensor)
+        part, in_memory = copy.copy(self), isinstance(self.source, Tensor)
         part.source = self.source[indices] if in_memory else [self.source[i] for i in indices.tolist()]
         part.labels = None if self.labels is None else self.labels[indices]
         return part
@@ -291,7 +322,7 @@ def complaint(path: str) -> str | None:
             file.draft("RGB", (8, 8))  # reads all of a JPEG, but decodes it at an eighth: quicker by far
             file.load()
     except Exception as error:  # Pillow's plugins raise all kinds
-        return f"{path}: {type(error).__name__}"
+        return f"{path} ({type(error).__name__})"
 
 
 def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
@@ -304,8 +335,7 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
         train, test = load_folder(args)
     if args.holdout:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # whatever the seed
-        tenth = len(train) // 10
-        test, train = (train.subset(part) if len(part) else None for part in order.split([tenth, len(train) - tenth]))
+        test, train = train.subset(order[: len(train) // 10]), train.subset(order[len(train) // 10 :])
     if args.mean is None or args.std is None:
         # Per pixel, over the training set. For CIFAR-10's std that gives (0.2470, 0.2435, 0.2616); the often
         # copied (0.2023, 0.1994, 0.2010) is the mean over images of each one's own.
@@ -374,8 +404,9 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     try:
         dataset = kind(root, train=is_train, download=True)
     except (OSError, RuntimeError) as error:  # no network, no space, a damaged archive
-        what = f"its four .gz files into {root}/FashionMNIST/raw" if name == "fashion-mnist" else f"{Path(kind.url).name} into {root}"
-        stop(f"{name} is not in --data-dir {root} and can't be downloaded ({str(error).splitlines()[0]}): put {what}")
+        reason = str(error).splitlines()[0]
+        archive = "the four .gz files, in FashionMNIST/raw" if name == "fashion-mnist" else Path(kind.url).name
+        stop(f"{name} is not in {root} and can't be downloaded ({reason}): put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
         dist.barrier()
     images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
@@ -388,29 +419,28 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
 
     All files are read once before the training starts. Those that can't be are named, and left out.
     """
-    root = Path(args.data)
+    root, extensions = Path(args.data), torchvision.datasets.folder.IMG_EXTENSIONS
     if not root.is_dir():
         stop(f"no data set and no folder is called {args.data!r}: choose {', '.join(RECIPES)}, or a folder of images")
     parts = [root / "train", root / "val"] if (root / "train").is_dir() and (root / "val").is_dir() else [root]
-    labelled, extensions = len(parts) == 2, torchvision.datasets.folder.IMG_EXTENSIONS
     files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in extensions and p.is_file()) for part in parts]
     rank, world = process()
     mine = sum(files, [])[rank::world]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
-        bad = gather([(path, why) for path, why in zip(mine, pool.map(complaint, mine)) if why])
-    if bad:
-        warn(f"{len(bad)} files can't be read and are left out: {', '.join(why for _, why in bad[:5])}")
-    files = [[path for path in paths if path not in dict(bad)] for paths in files]
+        found = [(path, why) for path, why in zip(mine, pool.map(complaint, mine)) if why]
+    if bad := dict(sum(gather(found), [])):
+        say(f"warning: {len(bad)} files can't be read and are left out: {', '.join([*bad.values()][:5])}", sys.stderr)
+    files = [[path for path in paths if path not in bad] for paths in files]
     for part, paths in zip(parts, files):
         if not paths:
             stop(f"no readable image below {part}: looked for {' '.join(extensions)}")
-    if not labelled:
+    if len(parts) == 1:
         return Images(files[0], None, args.image_size, args.crop_min), None
     names = [[Path(path).relative_to(part).parts[0] for path in paths] for part, paths in zip(parts, files)]
-    classes = sorted({*names[0], *names[1]})  # a class may be missing from one part
-    if set(names[0]) != set(names[1]):
-        warn(f"only one of train and val has images of {', '.join(sorted(set(names[0]) ^ set(names[1]))[:5])}")
-    labels = [torch.tensor([classes.index(name) for name in column]) for column in names]
+    if differing := sorted(set(names[0]) ^ set(names[1])):
+        say(f"warning: only one of train and val has images of {', '.join(differing[:5])}", sys.stderr)
+    classes = {name: label for label, name in enumerate(sorted({*names[0], *names[1]}))}
+    labels = [torch.tensor([classes[name] for name in column]) for column in names]
     return tuple(Images(*pair, args.image_size, args.crop_min) for pair in zip(files, labels))
 
 
@@ -481,6 +511,21 @@ def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) ->
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
+def separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """(N, 3, S, T): every image of x, (N, 3, H, W), times its rows (N, S, H) and its columns (N, T, W)."""
+    n, channels, height, width = x.shape
+    return rows.unsqueeze(1) @ (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, -1)
+
+
+def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
+    """RandomResizedCrop, and a flip of every other image: (N, 3, size, size)."""
+    n, _, height, width = x.shape
+    top, left, h, w = crop_boxes(n, height, width, crop_min)
+    columns = resize_matrix(left, w, width, size)
+    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(1), columns)
+    return separable(resize_matrix(top, h, height, size).to(x.device), x, columns.to(x.device))
+
+
 def to_gray(x: Tensor) -> Tensor:
     """(N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
@@ -517,41 +562,33 @@ def hue(x: Tensor, f: Tensor) -> Tensor:
     return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with sigma (N,), in pixels, up to 2; reflecting at the border."""
-    n, _, height, width = x.shape
-    radius = min(6, height - 1, width - 1)  # three standard deviations of the widest
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-taps.square() / (2 * sigma.view(-1, 1).square()))
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # (3N, taps)
-    # One group a channel of each image: every image has its own kernel.
-    x = F.pad(x.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
-    x = F.conv2d(x, kernel[:, None, :, None], groups=3 * n)
-    return F.conv2d(x, kernel[:, None, None, :], groups=3 * n).view(n, 3, height, width)
+def blur_matrix(sigma: Tensor, size: int) -> Tensor:
+    """(N, size, size): Gaussian blur along one side, with sigma (N,) in pixels, up to 2; reflects at the border."""
+    i, j = torch.arange(size, device=sigma.device).view(-1, 1), torch.arange(size, device=sigma.device)
+    weight, width = 0, 2 * sigma.view(-1, 1, 1).square()
+    # Pixel j, and its mirror images before the first pixel and behind the last, which do not double those two.
+    for mirror, there in ((j, j >= 0), (-j, j > 0), (2 * (size - 1) - j, j < size - 1)):
+        near = there & ((i - mirror).abs() <= 6)  # three standard deviations of the widest
+        weight = weight + torch.where(near, torch.exp(-(i - mirror).square() / width), 0)
+    return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def two_views(images: Tensor, args: argparse.Namespace) -> Tensor:
-    """Two augmented views of each image: (2, N, 3, S, S) float, normalized, channels last.
+def two_views(images: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Two augmented views of each image: x1 and x2, (N, 3, S, S) float, normalized, channels last.
 
     images: uint8, (N, 3, H, W), or (N, 2, 3, S, S) where two crops of each were cut already.
     """
-    cut, size, device = images.ndim == 5, args.image_size, images.device
-    images = images if cut else images.unsqueeze(1).expand(-1, 2, -1, -1, -1)
-    x = images.transpose(0, 1).flatten(0, 1).float() / 255  # (2N, 3, H, W): first the one view, then the other
-    n, _, height, width = x.shape
-    whole = torch.zeros(n), torch.zeros(n), torch.full((n,), height), torch.full((n,), width)
-    top, left, h, w = whole if cut else crop_boxes(n, height, width, args.crop_min)
+    if images.ndim == 5:
+        x = images.transpose(0, 1).flatten(0, 1).float() / 255
+    else:
+        x = crop_and_flip(images.float().div_(255).repeat(2, 1, 1, 1), args.image_size, args.crop_min)
+    n, device = len(x), x.device  # n is twice N: first the one view of each image, then the other
 
     def some(p: float) -> Tensor:
         return (torch.rand(n) < p).nonzero()[:, 0].to(device)
 
     def draw(count: int, low: float, high: float) -> Tensor:
         return torch.empty(count, 1, 1, 1).uniform_(low, high).to(device)
-
-    columns = resize_matrix(left, w, width, size)
-    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(1), columns).to(device)  # the flip
-    rows = resize_matrix(top, h, height, size).to(device).unsqueeze(1)
-    x = rows @ (x.reshape(n, -1, width) @ columns.mT).view(n, 3, height, size)
 
     chosen = some(0.8)  # ColorJitter(0.4, 0.4, 0.4, 0.1) in a random order, which one batch shares
     jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
@@ -562,10 +599,11 @@ def two_views(images: Tensor, args: argparse.Namespace) -> Tensor:
     x[chosen] = jittered
     chosen = some(0.2)
     x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
-    chosen = some(args.blur)
-    if len(chosen):
-        x[chosen] = blur(x[chosen], draw(len(chosen), 0.1, 2.0))
-    return normalize(x, args).unflatten(0, (2, -1))
+    if len(chosen := some(args.blur)):
+        kernel = blur_matrix(draw(len(chosen), 0.1, 2.0), args.image_size)
+        x[chosen] = separable(kernel, x[chosen], kernel)
+    x1, x2 = normalize(x, args).chunk(2)
+    return x1, x2
 
 
 def normalize(x: Tensor, args: argparse.Namespace) -> Tensor:
@@ -589,7 +627,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 class Targets(nn.Module):
-    """What the predictions have to meet: z itself, unless one of the variants of Sec. 5.2 is on."""
+    """What the predictions have to meet: z itself, unless one of the two variants of Sec. 5.2 is on."""
 
     def __init__(self, model: SimSiam, n: int, args: argparse.Namespace):
         super().__init__()
@@ -597,7 +635,7 @@ class Targets(nn.Module):
         # k-step alternation: the targets of k steps come from the weights before the first of them. (The paper
         # computes them ahead and keeps them. To keep the weights comes to the same.)
         self.model = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
-        # In place of the expectation over augmentations, an average over an image's visits.
+        # In place of the expectation over augmentations, a running average over an image's visits.
         self.register_buffer("eta", torch.zeros(n, args.dim) if self.momentum else None)
 
     def forward(
@@ -615,12 +653,13 @@ class Targets(nn.Module):
 
 
 class Trainer:
-    """The model and all that changes with it: `update` makes one step, `state_dict` is the whole state."""
+    """The model and all that changes with it. `update` makes one step, `state_dict` is all that a resume needs."""
 
     def __init__(self, args: argparse.Namespace, n: int, device: torch.device):
-        self.args, self.device, self.amp = args, device, amp_dtype(args.amp, device)
-        (self.rank, world), self.step, per_epoch = process(), 0, n // args.batch_size
-        self.steps, self.warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+        self.args, self.n, self.device, self.amp = args, n, device, amp_dtype(args.amp, device)
+        (self.rank, self.world), self.step, self.per_epoch = process(), 0, n // args.batch_size
+        self.steps, self.warmup = args.epochs * self.per_epoch, args.warmup_epochs * self.per_epoch
+        self.seconds, self.sums = 0.0, torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -628,44 +667,47 @@ class Trainer:
             stop(f"--arch {args.arch}: {error}")
         heads = {k: vars(args)[k] for k in "dim hidden layers predictor_hidden predictor bn affine".split()}
         model = SimSiam(backbone, feature_dim, **heads)
-        if world > 1 and device.type == "cuda":
+        if self.world > 1 and device.type == "cuda":
             # BN over the whole batch. It exists for CUDA only: on the CPU every process normalizes its own part.
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # `model` stays the bare model, and that is what is saved: no "module." in its keys.
         self.model = model.to(device, memory_format=torch.channels_last)
         self.targets = Targets(self.model, n, args).to(device)
-        self.optimizer = self.build_optimizer()
+        # Two groups, for the encoder's lr decays and the predictor's is constant (Table 1c).
+        encoder = [*self.model.backbone.parameters(), *self.model.projector.parameters()]
+        groups = [dict(params=encoder, constant=False)]
+        if predictor := list(self.model.predictor.parameters()):
+            groups.append(dict(params=predictor, constant=not args.decay_predictor_lr))
+        self.peak = args.base_lr * args.batch_size / 256
+        # Weight decay is on everything, on the scale and bias of BN too (App. A).
+        self.optimizer = torch.optim.SGD(groups, lr=self.peak, momentum=0.9, weight_decay=args.weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.wrapped: nn.Module = self.model
-        if world > 1:
+        if self.world > 1:
             devices = [device] if device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
         self.wrapped = torch.compile(self.wrapped, disable=not args.compile)
 
-    def build_optimizer(self) -> torch.optim.SGD:
-        """SGD with two groups: the encoder, whose lr decays, and the predictor, whose lr is constant (Table 1c)."""
-        encoder = [*self.model.backbone.parameters(), *self.model.projector.parameters()]
-        groups = [dict(params=encoder, constant=False)]
-        if predictor := list(self.model.predictor.parameters()):
-            groups.append(dict(params=predictor, constant=not self.args.decay_predictor_lr))
-        # Sec. 3 and App. A. Weight decay is on everything, on the scale and bias of BN too.
-        peak = self.args.base_lr * self.args.batch_size / 256
-        return torch.optim.SGD(groups, lr=peak, momentum=0.9, weight_decay=self.args.weight_decay)
+    def batches(self, images: Images, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 images, their indices) of this rank for each step."""
+        args = self.args
+        requests = partial(schedule, self.n, args.batch_size, args.seed, steps, self.rank, self.world, args.pairs)
+        return zip(load(images, requests(), args.workers), (indices for _, indices in requests()))
 
-    def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """One step on uint8 images. Returns (loss, spread), of this rank's part of the batch, on the device."""
-        args, peak = self.args, self.optimizer.defaults["lr"]
+    def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], None] = lambda phase: None) -> None:
+        """One step on this rank's images. `mark` is told the end of every phase."""
+        args = self.args
         torch.manual_seed(seed_of(args.seed, self.step, self.rank))  # for the views, and for a backbone's dropout
         x1, x2 = two_views(batch.to(self.device, non_blocking=True), args)
         mark("augmentation")
         for group in self.optimizer.param_groups:
-            group["lr"] = peak if group["constant"] else learning_rate(self.step, self.steps, peak, self.warmup)
+            decayed = learning_rate(self.step, self.steps, self.peak, self.warmup)
+            group["lr"] = self.peak if group["constant"] else decayed
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             p1, p2, z1, z2 = self.wrapped(x1, x2)
             t1, t2 = self.targets(self.step, indices, self.model, x1, x2, z1, z2)
-        loss = simsiam_loss(
-            p1, p2, t1, t2, not args.asymmetric, stop_gradient=not args.no_stop_gradient, similarity=args.similarity
-        )
+        options = dict(stop_gradient=not args.no_stop_gradient, similarity=args.similarity)
+        loss = simsiam_loss(p1, p2, t1, t2, symmetric=not args.asymmetric, **options)
         mark("forward")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -673,17 +715,35 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         mark("optimizer")
+        self.sums += torch.stack([loss.detach(), spread(z1)])
         self.step += 1
-        return torch.stack([loss.detach(), spread(z1)])
+        mark("spread")
+
+    def check(self, values: Iterable[Tensor]) -> None:
+        """Stops on nan and infinity, and so keeps them out of the checkpoint."""
+        if not all(value.isfinite().all() for value in values):
+            lr, file = self.optimizer.param_groups[0]["lr"], Path(self.args.out, "checkpoint.pt")
+            stop(f"loss or weights are not finite at step {self.step}, lr {lr:.4g}, amp {self.amp or 'off'}: lower "
+                 f"--base-lr, or --amp off. {file} is from before", status=1)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "targets", "optimizer", "scaler")}
-        return parts | dict(step=self.step)
+        plain = {name: getattr(self, name) for name in ("step", "n", "world", "seconds")}
+        return parts | plain | dict(sums=self.sums.tolist(), args=vars(self.args))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("model", "targets", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
+        """Stops where it does not fit. All or nothing: what was loaded by then is not used."""
+        try:
+            for name in ("model", "targets", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(state[name])
+            self.step, self.seconds, n, world = (state[name] for name in ("step", "seconds", "n", "world"))
+            self.sums.copy_(torch.tensor(state["sums"]))
+        except Exception as error:  # whatever a file of the right form may hold
+            stop(f"{self.args.out}/checkpoint.pt does not fit this run ({type(error).__name__}): name another --out")
+        if n != self.n:
+            stop(f"--resume: {self.args.data} had {n} images and now has {self.n}: restore them, or start anew")
+        if world != self.world:
+            say(f"warning: {world} processes before, {self.world} now: the weights will not be the same bit for bit", sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -734,14 +794,10 @@ def monitor(
 def advice(loss: float, spread_: float, progress: float) -> str:
     """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
     if loss < -0.95 and spread_ < 0.3:
-        return (
-            "collapsed, all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does each "
-            "prediction meet the OTHER view? Then try the augmentations of App. A, and a lower --base-lr"
-        )
+        return ("collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does each "
+                "prediction meet the OTHER view? Then try the augmentations of App. A, and a lower --base-lr")  # fmt: skip
     if loss > -0.2 and progress >= 0.2:
-        return (
-            "not learning, which is not collapse (the loss stays near 0). Try a lower --base-lr, or --warmup-epochs"
-        )
+        return "not learning, which is not collapse (the loss stays near 0): try a lower --base-lr, or --warmup-epochs"
     return ""
 
 
@@ -749,34 +805,25 @@ def advice(loss: float, spread_: float, progress: float) -> str:
 # Plumbing: processes, files, signals
 
 
-def process() -> tuple[int, int]:
-    """Rank and world size."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(mine: list[Any]) -> list[Any]:
-    """The lists of all ranks, as one."""
-    everyone = [mine] * process()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, mine)
-    return sum(everyone, [])
-
-
-def warn(message: str) -> None:
-    if process()[0] == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def setup_distributed(device: str) -> torch.device:
     """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if process()[1] == 1:
         return torch.device(device)
     if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = f"cuda:{torch.cuda.current_device()}"
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device)
+
+
+def gather(mine: Any) -> list[Any]:
+    """One object from each rank, in order."""
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -788,36 +835,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
         beside.unlink(missing_ok=True)
         stop(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is untouched", status=1)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of train.py; never runs code from the file."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote there. Never runs code from the file."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if broken := archive.testzip():
-                raise ValueError(f"checksum of {broken}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError):
-        stop(f"{path} does not exist, so there is nothing to resume: check --out, or leave out --resume")
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"checksum of {broken}")  # torch.load does not look at the checksums
+        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        stop(f"{path}: there is no such file; check the path")
     except Exception as error:  # what a damaged file raises has no common type
-        stop(f"{path} is damaged or not a checkpoint ({type(error).__name__}): name another one, or start anew")
-    if not isinstance(checkpoint, dict) or not {"model", "optimizer", "step", "args"} <= checkpoint.keys():
-        stop(f"{path} is not a checkpoint of train.py: name another one")
-    return checkpoint
-
-
-def save_views(images: Images, request: tuple[str, Tensor], args: argparse.Namespace, path: Path) -> None:
-    """A picture of what the network sees: eight images, and below each of them its two views."""
-    request = request[0], request[1][:8]
-    torch.manual_seed(args.seed)
-    views = two_views(images[request], args).flatten(0, 1)
-    mean, std = torch.tensor(args.mean).view(3, 1, 1), torch.tensor(args.std).view(3, 1, 1)
-    originals = F.interpolate(images[("", request[1])] / 255, args.image_size, mode="bilinear", antialias=True)
-    picture = torch.cat([originals, (views * std + mean).clamp(0, 1)])
-    torchvision.utils.save_image(picture, path, nrow=len(originals))
+        stop(f"{path} is damaged or not a checkpoint ({type(error).__name__}); take another one, or start anew")
 
 
 def export_backbone(backbone: nn.Module, path: str) -> None:
@@ -826,8 +858,19 @@ def export_backbone(backbone: nn.Module, path: str) -> None:
     replace_file(Path(path), lambda file: torch.save(weights, file))
 
 
+def save_views(images: Images, request: tuple[str, Tensor], args: argparse.Namespace, path: Path) -> None:
+    """A picture of what the network sees: eight images, and below each of them its two views."""
+    key, indices = request[0], request[1][:8]
+    torch.manual_seed(args.seed)
+    views = torch.cat(two_views(images[key, indices], args))
+    mean, std = torch.tensor(args.mean).view(3, 1, 1), torch.tensor(args.std).view(3, 1, 1)
+    originals = F.interpolate(images["", indices] / 255, args.image_size, mode="bilinear", antialias=True)
+    picture = torch.cat([originals, (views * std + mean).clamp(0, 1)])
+    torchvision.utils.save_image(picture, path, nrow=len(indices))
+
+
 def claim(out: Path) -> BinaryIO:
-    """Makes OUT this process's own as long as the returned file is open."""
+    """Makes OUT this process's own, as long as the returned file is open."""
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "wb")
     try:
@@ -859,7 +902,7 @@ def catch_signals() -> Callable[[], int]:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it cannot be done
+    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it can't be done
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):  # Windows has no SIGHUP
                 signal.signal(getattr(signal, name), note)
@@ -894,103 +937,91 @@ def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str,
 
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSiam:
-    """Steps from wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
-    device, out = setup_distributed(args.device), Path(args.out)
+    """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
+    device, out, chief = setup_distributed(args.device), Path(args.out), process()[0] == 0  # the chief alone writes
     args.device = str(device)
-    (rank, world), chief = process(), process()[0] == 0  # the chief alone prints and writes
     lock = claim(out) if chief and not args.benchmark else None  # noqa: F841: held until the end
     images, test = load_data(args)
-    n, per_epoch = len(images), len(images) // args.batch_size
-    if per_epoch == 0:
-        stop(f"--batch-size {args.batch_size} is more than the {n} images of {args.data}: take a smaller one")
-    trainer = Trainer(args, n, device)
-    sums, seconds = torch.zeros(2, device=device), 0.0  # sums: of loss and spread over the epoch so far
-    if checkpoint:
-        try:
-            trainer.load_state_dict(checkpoint)
-            sums, seconds, before = torch.tensor(checkpoint["sums"]).to(device), checkpoint["seconds"], checkpoint["n"]
-        except Exception as error:  # whatever a file of the right form may hold
-            stop(f"{out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}): name another one, or start anew")
-        if before != n:
-            stop(f"--resume: {args.data} had {before} images and now has {n}: restore them, or start anew")
-
-    def save() -> None:
-        state = trainer.state_dict() | dict(sums=sums.tolist(), seconds=time.time() - began, n=n, args=vars(args))
-        if chief:
-            replace_file(out / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def check(values: Iterable[Tensor]) -> None:
-        if not all(value.isfinite().all() for value in values):
-            lr = trainer.optimizer.param_groups[0]["lr"]
-            stop(f"loss or weights are not finite at step {trainer.step}, lr {lr:.4g}, amp {trainer.amp}: lower --base-lr, "
-                 f"or --amp off. {out / 'checkpoint.pt'} is from before", status=1)  # fmt: skip
-
-    began, busy, since = time.time() - seconds, time.time(), trainer.step
-    requests = partial(schedule, n, args.batch_size, args.seed, rank=rank, world=world, pairs=args.pairs)
+    if len(images) < args.batch_size:
+        stop(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}: take a smaller one")
+    trainer = Trainer(args, len(images), device)
     if args.benchmark:
-        benchmark(trainer, images, test, requests)
+        benchmark(trainer, images, test)
         return trainer.model
-    if chief:
-        lr = trainer.optimizer.defaults["lr"]
-        print(
-            f"{args.data}: {n} images, {trainer.steps} steps of {args.batch_size} on {world} x {device.type}, "
-            f"{trainer.amp or torch.float32}; lr {args.base_lr} * {args.batch_size} / 256 = {lr:.4g}; into {out}\n"
-            f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: k=200, T=0.2"
-            + ("" if images.labels is not None else "; no labels, so no kNN"),
-            flush=True,
-        )
-        if trainer.step == 0:
-            save_views(images, next(requests(range(1))), args, out / "views.png")
-        write_metrics = open_metrics(out, trainer.step, args.tensorboard)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    save = partial(save_checkpoint, trainer, out / "checkpoint.pt", time.time() - trainer.seconds)
+    say(
+        f"{args.data}: {len(images)} images, {trainer.steps} steps of {args.batch_size} on {trainer.world} x {device.type}, "
+        f"{trainer.amp or torch.float32}; lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; into {out}\n"
+        f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: k=200, T=0.2"
+        + ("" if images.labels is not None else "; no labels, so no kNN")
+    )
     if trainer.step == 0:
         save()  # now there is always something to resume, and a full disk shows at once
-        rank_, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn=args.knn_every > 0)
-        say(f"untrained:   rank {rank_:5.1f}" + ("" if knn is None else f"  kNN {knn:6.1%}"))
-    signalled = catch_signals()
+        if chief:
+            save_views(images, next(schedule(len(images), args.batch_size, args.seed, range(1))), args, out / "views.png")
+        rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn=args.knn_every > 0)
+        say(f"untrained: rank {rank:.1f}" + ("" if knn is None else f"  kNN {knn:.1%}"))
+    report = partial(report_epoch, trainer, images, test, open_metrics(out, trainer.step, args.tensorboard) if chief else None)
+    signalled, terminal = catch_signals(), chief and sys.stdout.isatty()
     trainer.model.train()
-    steps = range(trainer.step, trainer.steps)
-    for (_, indices), batch in zip(requests(steps), load(images, requests(steps), args.workers)):
-        sums += trainer.update(batch, indices)
-        epoch, position = divmod(trainer.step, per_epoch)
-        signal_number, at_end = signalled(), position == 0
+    since = time.time(), trainer.step
+    for batch, indices in trainer.batches(images, range(trainer.step, trainer.steps)):
+        trainer.update(batch, indices)
+        epoch, position = divmod(trainer.step, trainer.per_epoch)
+        signal_number = signalled()
         # To read a number makes a GPU finish its work first: there, only now and then.
-        if device.type == "cpu" or at_end or signal_number or trainer.step % 50 == 0:
-            check([sums])
-        if chief and sys.stdout.isatty():
-            print(f"\repoch {epoch + 1}/{args.epochs}: step {position}/{per_epoch} ", end="", flush=True)
-        if at_end:
-            rate, done = (trainer.step - since) * args.batch_size / (time.time() - busy), trainer.step / trainer.steps
-            loss, spread_ = (sum(gather([sums / per_epoch])) / world).tolist()
-            knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
-            rank_, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn_now)
-            seconds, lr = time.time() - began, trainer.optimizer.param_groups[0]["lr"]
-            row = dict(epoch=epoch, step=trainer.step, loss=loss, spread=spread_, rank=rank_, knn=knn, lr=lr)
-            if chief:
-                write_metrics(row | dict(images_per_second=rate, seconds=seconds))
-            say(
-                f"\repoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank_:5.1f}  "
-                + ("" if knn is None else f"kNN {knn:6.1%}  ")
-                + f"lr {lr:.4f}  {rate:.0f} images/s  {seconds / done - seconds:.0f} s left"
-            )
-            if text := advice(loss, spread_, done):
-                warn(text)
-            sums.zero_()
-        if signal_number or at_end and (epoch % args.save_every == 0 or epoch == args.epochs):
-            check(trainer.model.parameters())
+        if device.type == "cpu" or position == 0 or signal_number or trainer.step % 50 == 0:
+            trainer.check([trainer.sums])
+        if terminal:
+            print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
+        if position == 0:
+            report(epoch, since, time.time() - save.args[2])
+        if signal_number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
+            trainer.check(trainer.model.parameters())
             save()
+        if position == 0:
+            since = time.time(), trainer.step
         if signal_number:
-            say(f"\n{signal.Signals(signal_number).name} at step {trainer.step}: saved to {out}; go on with --resume --out {out}")
+            name = signal.Signals(signal_number).name
+            say(f"{name} at step {trainer.step}: saved; go on with python train.py --resume --out {out}")
             sys.exit(128 + signal_number)
-        if at_end:
-            busy, since = time.time(), trainer.step
     return trainer.model
 
 
-def benchmark(trainer: Trainer, images: Images, test: Images | None, requests: Callable[..., Iterator]) -> None:
+def save_checkpoint(trainer: Trainer, path: Path, began: float) -> None:
+    trainer.seconds = time.time() - began
+    state = trainer.state_dict()
+    if trainer.rank == 0:
+        replace_file(path, lambda file: torch.save(state, file))
+
+
+def report_epoch(
+    trainer: Trainer, images: Images, test: Images | None, write: Callable | None, epoch: int, since: tuple[float, int], seconds: float
+) -> None:
+    """Measures, prints and records one epoch, and empties the sums for the next one."""
+    args, done = trainer.args, trainer.step / trainer.steps
+    rate = (trainer.step - since[1]) * args.batch_size / (time.time() - since[0])
+    loss, spread_ = (sum(gather((trainer.sums / trainer.per_epoch).cpu())) / trainer.world).tolist()
+    knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
+    rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn_now)
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    row = dict(epoch=epoch, step=trainer.step, loss=loss, spread=spread_, rank=rank, knn=knn, lr=lr)
+    if write:
+        write(row | dict(images_per_second=rate, seconds=seconds))
+    say(
+        f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank:5.1f}  "
+        f"lr {lr:.4f}  {rate:5.0f} images/s  {seconds / done - seconds:.0f} s left" + ("" if knn is None else f"  kNN {knn:.1%}")
+    )
+    if text := advice(loss, spread_, done):
+        say(f"warning: {text}", sys.stderr)
+    trainer.sums.zero_()
+
+
+def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
     """Times --benchmark steps after ten others, and says what share each part of a step takes."""
-    args, device, spent = trainer.args, trainer.device, {}
-    rank, world = process()
-    last = time.perf_counter()
+    args, device, spent, last, warm = trainer.args, trainer.device, {}, time.perf_counter(), 10
 
     def mark(phase: str) -> None:
         nonlocal last
@@ -1000,23 +1031,17 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None, requests: C
         spent[phase], last = spent.get(phase, 0) + now - last, now
 
     trainer.model.train()
-    per_epoch, warm = len(images) // args.batch_size, 10
-    steps = range(warm + args.benchmark)
-    for (_, indices), batch in zip(requests(steps), load(images, requests(steps), args.workers)):
+    for batch, indices in trainer.batches(images, range(warm + args.benchmark)):
         mark("loading")
         trainer.update(batch, indices, mark)
-        mark("spread")
         if trainer.step == warm:
             spent.clear()
     step = sum(spent.values()) / args.benchmark
-    monitors = {}
-    for knn in (False, True):
-        last = time.perf_counter()
+    for knn in (False, True):  # of an epoch, spread over its steps
         monitor(trainer.model.backbone, images, test, args, trainer.amp, knn)
-        mark("monitor")
-        monitors[knn], spent["monitor"] = spent["monitor"], 0
-    each = (monitors[False] + (monitors[True] / args.knn_every if args.knn_every else 0)) / per_epoch
-    spent = {k: v / args.benchmark for k, v in spent.items() if v} | {"rank and kNN": each}
+        mark("kNN" if knn else "rank")
+    often = dict(rank=1 / trainer.per_epoch, kNN=1 / trainer.per_epoch / args.knn_every if args.knn_every else 0)
+    shares = {phase: seconds * often.get(phase, 1 / args.benchmark) for phase, seconds in spent.items()}
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
@@ -1024,15 +1049,10 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None, requests: C
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     say(
-        f"{args.data}, {args.arch}, batch {args.batch_size}, {world} x {device.type}, {trainer.amp or torch.float32}: "
+        f"{args.data}, {args.arch}, batch {args.batch_size}, {trainer.world} x {device.type}, {trainer.amp or torch.float32}: "
         f"{args.batch_size / step:.1f} images/s, {1000 * step:.1f} ms a step, peak memory {peak:.0f} MiB\n"
-        + "  ".join(f"{phase} {seconds / (step + each):.1%}" for phase, seconds in spent.items())
+        + "  ".join(f"{phase} {seconds / sum(shares.values()):.1%}" for phase, seconds in shares.items())
     )
-
-
-def say(message: str) -> None:
-    if process()[0] == 0:
-        print(message, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1050,8 +1070,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         stop(f"{error}: is the disk full, or the folder read-only?", status=1)
     finally:
-        for number, handler in handlers.items():
-            if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
