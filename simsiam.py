@@ -131,7 +131,7 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     The ResNets keep torchvision's parameter names, so plain torchvision loads their state_dict, and
     only `fc` is missing. Raises ValueError on an unknown arch or stem.
     """
-    resnets = models.list_models(module=models.resnet)
+    resnets = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if arch not in ["convnet", *resnets]:
         raise ValueError(f"unknown arch {arch!r}: choose from convnet, {', '.join(resnets)}")
     if stem not in ("imagenet", "cifar"):

@@ -176,6 +176,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     # torchrun --max-restarts gives the same command again after a crash: that is a resume.
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     out, checkpoint = choose_out(given, again or "resume" in given), None
+    if "resume" in given and not (out / "checkpoint.pt").exists():
+        stop(f"--resume: there is no {out / 'checkpoint.pt'} to continue: check --out, or leave out --resume")
     if "resume" in given or again and (out / "checkpoint.pt").exists():
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         if not {"model", "optimizer", "step", "args"} <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
@@ -366,22 +368,22 @@ def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
     axis = torch.arange(size) - (size - 1) / 2
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
-    angle, period = draw(-0.3, 0.3), draw(4.5, 8)  # radians, pixels
+    angle, period = draw(-0.3, 0.3), draw(4.5, 7.5)  # radians, pixels
     u = (x * angle.cos() + y * angle.sin()) / period + draw(0, 1)  # (count, size, size), in periods
     v = (y * angle.cos() - x * angle.sin()) / period + draw(0, 1)
     radius = torch.hypot(u + draw(-1, 1), v + draw(-1, 1))
     turn = torch.atan2(v + draw(-0.5, 0.5), u + draw(-0.5, 0.5)) / (2 * math.pi) * (period + 4).round()
-    noise = F.interpolate(draw(-2, 2, 1, 12, 12), size=size, mode="bicubic")[:, 0]
+    noise, streaks = (F.interpolate(draw(-2, 2, 1, *n), size=size, mode="bicubic")[:, 0] for n in ((12, 12), (4, 16)))
     patterns = [  # for the images i; positive inside the pattern
         lambda i: wave(u[i]),  # stripes
         lambda i: wave(u[i]) * wave(v[i]),  # checks
-        lambda i: 0.5 - torch.hypot(saw(u[i]), saw(v[i])),  # dots
+        lambda i: 0.6 - torch.hypot(saw(0.6 * u[i] + (0.6 * v[i]).floor() % 2 / 2), saw(0.6 * v[i])),  # dots
         lambda i: wave(radius[i]),  # rings
         lambda i: torch.maximum(line(u[i]), line(v[i])),  # grids
         lambda i: noise[i],  # grains
         lambda i: wave(u[i] + 0.35 * (1 - 2 * saw(v[i]).abs())),  # zigzags
         lambda i: torch.maximum(line(2 * v[i]) / 2, line(u[i] + (2 * v[i]).floor() % 2 / 2)),  # bricks
-        lambda i: saw(u[i]) + saw(v[i]),  # triangles
+        lambda i: streaks[i],  # streaks
         lambda i: wave(turn[i]),  # rays
     ]
     labels, pattern = torch.arange(count) % len(patterns), torch.empty(count, size, size)
@@ -940,7 +942,6 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
     device, out, chief = setup_distributed(args.device), Path(args.out), process()[0] == 0  # the chief alone writes
     args.device = str(device)
-    lock = claim(out) if chief and not args.benchmark else None  # noqa: F841: held until the end
     images, test = load_data(args)
     if len(images) < args.batch_size:
         stop(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}: take a smaller one")
@@ -948,6 +949,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
     if args.benchmark:
         benchmark(trainer, images, test)
         return trainer.model
+    lock = claim(out) if chief else None  # noqa: F841: held until the end
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     save = partial(save_checkpoint, trainer, out / "checkpoint.pt", time.time() - trainer.seconds)
