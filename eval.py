@@ -39,6 +39,7 @@ from train import (
     load_data,
     normalize,
     number,
+    process,
     read_checkpoint,
     replace_file,
     schedule,
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--official", **switch, help="linear: crop and flip the images anew each epoch, as the authors do")
     flag("--epochs", type=number(int, 1, 10**5), default=90, help="of linear and finetune (default: 90)")
     flag("--batch-size", type=number(int, 1, 10**6), help="default: linear 256, finetune 64")
-    flag("--base-lr", type=rate, help="lr = base lr * batch / 256 (default: linear 30, finetune 0.1)")
+    flag("--base-lr", type=rate, help="lr = base lr * batch / 256 (default: linear 1, --official 30, finetune 0.1)")
     flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; the authors' probe: 0.08)")
     # for files that do not say it, and for 'random'
     flag("--arch")
@@ -189,7 +190,8 @@ def fit(model: nn.Module, batches: Iterable[Tensor], targets: Iterable[Tensor], 
 def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, features: Tensor, args: argparse.Namespace) -> str:
     """Linear probe or fine-tuning, as args.task says: a line with the result."""
     tuning = args.task == "finetune"
-    batch, base_lr = args.batch_size or (64 if tuning else 256), args.base_lr or (0.1 if tuning else 30)
+    batch = args.batch_size or (64 if tuning else 256)
+    base_lr = args.base_lr or (0.1 if tuning else 30 if args.official else 1)
     classes, positions = train.labels.unique(return_inverse=True)  # any labels, not just 0 to C - 1
     # Fewer labels than a batch: each image several times, in other crops.
     rows = torch.arange(len(train)).repeat(math.ceil(batch / len(train)))
@@ -201,7 +203,7 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
     torch.manual_seed(args.seed)
     head = nn.Linear(bank.shape[1], len(classes)).to(args.device)
     head.weight.data.normal_(0, 0.01), head.bias.data.zero_()  # as the authors' probe begins
-    model, how = head, "features computed once"
+    model, how = head, "features computed once, standardized"
     if tuning:
         model, how = nn.Sequential(backbone.requires_grad_(True), head).train(), "all weights"
         batches = crops(train, requests(), args)
@@ -210,6 +212,10 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
         with torch.no_grad():
             batches = (backbone(x) for x in crops(train, requests(), args))
     else:
+        # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks: an
+        # untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
+        std, mean = torch.std_mean(bank, dim=0)
+        features, bank = ((x - mean) / std.clamp_min(1e-8) for x in (features, bank))
         batches = (bank[i] for _, i in requests())
     fit(model, batches, (positions[i].to(args.device) for _, i in requests()), steps, base_lr * batch / 256)
     with torch.no_grad():
@@ -235,6 +241,8 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
 
 def main(argv: list[str] | None = None) -> None:
     args, content = get_args(argv)
+    if process()[1] > 1:
+        stop("eval.py runs in one process: start it without torchrun")
     backbone = load_backbone(args, content)
     if args.export:
         export_backbone(backbone, args.export)

@@ -414,7 +414,6 @@ def write_fashion_mnist(root):
         pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8)
         header = struct.pack(">IIII", 2051, n, 28, 28), struct.pack(">II", 2049, n)
         for name, content in (("images-idx3", header[0] + pixels.numpy().tobytes()), ("labels-idx1", header[1] + bytes(i % 10 for i in range(n)))):
-            (raw / f"{part}-{name}-ubyte").write_bytes(content)
             (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
     return pixels
 
@@ -839,7 +838,7 @@ def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys
     capsys.readouterr()
     evaluation.main([pretrained, "--epochs", "5"])
     out = capsys.readouterr().out
-    assert "knn (k=200, T=0.2): top-1" in out and "linear (features computed once" in out and "of 200)" in out
+    assert "knn (k=200, T=0.2): top-1" in out and "linear (features computed once, standardized" in out and "of 200)" in out
     assert Image.open("run/neighbors.png").size[0] > 10 * 32
 
 

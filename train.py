@@ -60,12 +60,13 @@ CIFAR = IMAGENET | dict(  # App. D; it prints no width for h, whose d / 4 we kee
 )
 FASHION = CIFAR | dict(image_size=28, epochs=100)  # ours: App. D, shorter
 TEXTURES = CIFAR | dict(  # ours, for two minutes on two CPU cores
-    arch="convnet", hidden=512, dim=512, epochs=20, batch_size=128, base_lr=0.8, knn_every=5,
+    arch="convnet", hidden=512, dim=512, epochs=20, batch_size=64, base_lr=0.4, knn_every=5,
 )
 # fmt: on
 RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
 COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
 MAY_CHANGE = "data_dir out resume export knn_every save_every amp compile device workers tensorboard".split()
 
@@ -404,6 +405,9 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     if later:  # one process of each machine downloads, and the others come after it
         dist.barrier()
     try:
+        for archive in Path(root, "FashionMNIST", "raw").glob("*.gz"):  # from wherever: torchvision knows one mirror's only
+            if name == "fashion-mnist" and not archive.with_suffix("").exists():
+                sets.utils.extract_archive(str(archive))
         dataset = kind(root, train=is_train, download=True)
     except (OSError, RuntimeError) as error:  # no network, no space, a damaged archive
         reason = str(error).splitlines()[0]
@@ -815,7 +819,11 @@ def setup_distributed(device: str) -> torch.device:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun keeps its store over a restart: in there are still the addresses of the processes that died.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device(device)
 
 
@@ -904,11 +912,14 @@ def catch_signals() -> Callable[[], int]:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it can't be done
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), note)
+    set_handlers(dict.fromkeys(SIGNALS, note))
     return agreed
+
+
+def set_handlers(handlers: dict[int, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it can't be done
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
@@ -952,7 +963,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
     lock = claim(out) if chief else None  # noqa: F841: held until the end
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-    save = partial(save_checkpoint, trainer, out / "checkpoint.pt", time.time() - trainer.seconds)
+    began = time.time() - trainer.seconds
+    save = partial(save_checkpoint, trainer, out / "checkpoint.pt", began)
     say(
         f"{args.data}: {len(images)} images, {trainer.steps} steps of {args.batch_size} on {trainer.world} x {device.type}, "
         f"{trainer.amp or torch.float32}; lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; into {out}\n"
@@ -979,7 +991,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
         if terminal:
             print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
         if position == 0:
-            report(epoch, since, time.time() - save.args[2])
+            report(epoch, since, time.time() - began)
         if signal_number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
             trainer.check(trainer.model.parameters())
             save()
@@ -1059,7 +1071,7 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The whole command, for a shell, a notebook or a test. Raises SystemExit on a mistake and on a signal."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         args, checkpoint = get_args(argv)
         model = train(args, checkpoint)
@@ -1069,12 +1081,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except torch.OutOfMemoryError:
         stop("out of memory: take a smaller --batch-size or --image-size", status=1)
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        stop("another process has ended; the last checkpoint is whole", status=1)
     except OSError as error:
         stop(f"{error}: is the disk full, or the folder read-only?", status=1)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        set_handlers(handlers)
         if dist.is_initialized():
             dist.destroy_process_group()
 
