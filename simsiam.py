@@ -302,21 +302,22 @@ def knn_predict(
 
 
 # ------------------------------------------------------------------------------------------------
-# A demonstration: one batch of noise, forty steps, with the stop-gradient and without.
+# A demonstration, in seconds: images of noise, more noise as the augmentation, with the stop-gradient and without.
 
 if __name__ == "__main__":
     for stop_gradient in (True, False):
         torch.manual_seed(0)
-        model = SimSiam(*build_backbone("convnet"), dim=256, hidden=256)
+        model = SimSiam(*build_backbone("convnet", width=8), dim=64, hidden=64)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        images = torch.randn(64, 3, 32, 32)
+        images = torch.randn(512, 3, 16, 16)
         print(f"\n{'with' if stop_gradient else 'WITHOUT'} the stop-gradient")
-        for step in range(41):
-            x1, x2 = (images + torch.randn_like(images) / 2 for _ in range(2))  # noise as augmentation
+        for step in range(101):
+            batch = images[torch.randperm(512)[:64]]
+            x1, x2 = (batch + torch.randn_like(batch) / 2 for _ in range(2))
             p1, p2, z1, z2 = model(x1, x2)
-            loss = simsiam_loss(p1, p2, z1, z2, stop_gradient)
-            if step % 10 == 0:
-                print(f"step {step:2d}  loss {loss.item():6.3f}  spread {spread(z1).item():.3f}  z {tuple(z1.shape)}")
+            loss = simsiam_loss(p1, p2, z1, z2, stop_gradient=stop_gradient)
+            if step % 25 == 0:
+                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {effective_rank(z1):4.1f} of {z1.shape[1]}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -294,8 +294,9 @@ def test_a_fixed_predictor_keeps_its_weights_and_no_predictor_is_the_identity():
 
 def test_the_demonstration_of_simsiam_py_runs():
     out = run(HERE / "simsiam.py").stdout
-    losses = [float(x) for x in re.findall(r"loss\s+(-?[\d.]+)", out)]
+    losses, spreads = ([float(x) for x in re.findall(rf"{word}\s+(-?[\d.]+)", out)] for word in ("loss", "spread"))
     assert len(losses) == 10 and losses[0] == pytest.approx(0, abs=0.1) and losses[4] < -0.5
+    assert spreads[4] > 0.9 and spreads[9] < 0.7 and losses[9] < -0.9
 
 
 # ------------------------------------------------------------------------------------------------

@@ -58,9 +58,12 @@ CIFAR = IMAGENET | dict(  # App. D; it prints no width for h, whose d / 4 we kee
     arch="resnet18", stem="cifar", image_size=32, layers=2, mean=None, std=None,
     epochs=800, base_lr=0.03, weight_decay=5e-4, blur=0.0,
 )
-FASHION = CIFAR | dict(image_size=28, epochs=100)  # ours: App. D, shorter
 TEXTURES = CIFAR | dict(  # ours, for two minutes on two CPU cores
     arch="convnet", hidden=512, dim=512, epochs=20, batch_size=64, base_lr=0.4, knn_every=5,
+)
+FASHION = TEXTURES | dict(  # ours, for 45 minutes on two CPU cores
+    image_size=28, epochs=30, knn_every=10,
+    crop_min=0.4,  # the best of 0.2, 0.4 and 0.7 after two epochs with --holdout: kNN 78.2, 79.7, 78.4 %
 )
 # fmt: on
 RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
@@ -409,8 +412,8 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
             if name == "fashion-mnist" and not archive.with_suffix("").exists():
                 sets.utils.extract_archive(str(archive))
         dataset = kind(root, train=is_train, download=True)
-    except (OSError, RuntimeError) as error:  # no network, no space, a damaged archive
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, a damaged archive
+        reason = [*str(error).splitlines(), type(error).__name__][0]
         archive = "the four .gz files, in FashionMNIST/raw" if name == "fashion-mnist" else Path(kind.url).name
         stop(f"{name} is not in {root} and can't be downloaded ({reason}): put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
