@@ -28,6 +28,7 @@ from train import (
     IMAGENET,
     RECIPES,
     Images,
+    best_device,
     check_device,
     check_new_file,
     command_line,
@@ -39,6 +40,7 @@ from train import (
     load_data,
     normalize,
     number,
+    one_line_errors,
     process,
     read_checkpoint,
     replace_file,
@@ -60,14 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("task", nargs="?", choices=["knn", "linear", "finetune"], help="default: knn and linear")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
     flag("--data-dir", help="for downloaded data sets (default: data)")
-    flag("--holdout", action="store_true", default=None, help="test on the last tenth of the training set")
+    flag("--holdout", action="store_true", default=None, help="test on a tenth of the training set kept apart")
     flag("--labels-per-class", type=number(int, 1, 10**6), metavar="N", help="use so many of the labels only")
     flag("--seed", type=number(int, 0, 2**63 - 1), help="of the labels drawn, the probe and 'random' (default: 0)")
     flag("--k", type=number(int, 1, 10**6), default=200, help="neighbours (default: 200)")
     flag("--temperature", type=number(float, 0.001, 100), default=0.2, help="of their votes (default: 0.2)")
     flag("--official", **switch, help="linear: crop and flip the images anew each epoch, as the authors do")
     flag("--epochs", type=number(int, 1, 10**5), default=90, help="of linear and finetune (default: 90)")
-    flag("--batch-size", type=number(int, 1, 10**6), help="default: linear 256, finetune 64")
+    flag("--batch-size", type=number(int, 2, 10**6), help="default: linear 256, finetune 64")
     flag("--base-lr", type=rate, help="lr = base lr * batch / 256 (default: linear 1, --official 30, finetune 0.1)")
     flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; the authors' probe: 0.08)")
     # for files that do not say it, and for 'random'
@@ -86,29 +88,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Arguments completed by what the checkpoint says, and its content ({} for 'random' and 'pixels')."""
-    given = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
+    given = {name: value for name, value in vars(build_parser().parse_intermixed_args(argv)).items() if value is not None}
     name, content = given["checkpoint"], {}
     if name not in ("random", "pixels"):
         content = read_checkpoint(Path(name))
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
+    if not isinstance(saved, dict):
+        stop(f"{name} is not a checkpoint of train.py or the authors' code")
+    if name == "pixels" and {"arch", "stem", "width", "export"} & given.keys():
+        stop("'pixels' is no network: leave out --arch, --stem, --width and --export")
     for name in FIXED:
         if name in given and saved.get(name, given[name]) != given[name]:
             stop(f"--{name} {given[name]}, but the checkpoint has {saved[name]}: leave the flag out")
+    if ("mean" in given) != ("std" in given):
+        stop("--mean and --std go together: give both or none")
     data = given.get("data", saved.get("data"))
     if data is None:
         stop(f"which images? {given['checkpoint']} does not say: add --data")
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, seed=0, workers=4, labels_per_class=None, task=None,
         features=None, export=None, batch_size=None, base_lr=None,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=best_device(),
     )  # fmt: skip
     # The run's own seed, device and the like are not the evaluation's.
-    kept = "data data_dir holdout image_size crop_min".split()
+    kept = "data data_dir image_size crop_min".split()
     saved = {name: value for name, value in saved.items() if name in (*FIXED, *kept)}
     args = argparse.Namespace(**(recipe | saved | given))
     check_device(args.device)
     check_new_file("--features", args.features)
     check_new_file("--export", args.export)
+    if args.export is not None and args.export == args.features:
+        stop(f"--export and --features are both {args.export}: name two files")
     return args, content
 
 
@@ -124,8 +134,8 @@ def backbone_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """
     weights = content.get("model", content.get("state_dict", content))
     found = {}
-    for name, value in weights.items():
-        name = re.sub(r"^(module\.)?(encoder\.|backbone\.)?", "", name)
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        name = re.sub(r"^(module\.)?(encoder\.|backbone\.)?", "", str(name))
         if not re.match(r"(fc|projector|predictor)\.", name):
             found[name] = value
     return found
@@ -144,7 +154,7 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
         weights = backbone_weights(content)
         try:
             backbone.load_state_dict(weights, strict=True)
-        except (RuntimeError, AttributeError) as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             reason = re.sub(r"\s+", " ", str(error)).split(": ", 1)[-1][:200]
             stop(f"{args.checkpoint} does not fit --arch {args.arch} --stem {args.stem}: {reason}")
         print(f"{args.checkpoint}: all {len(weights)} tensors of {args.arch} loaded")
@@ -191,7 +201,7 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
     """Linear probe or fine-tuning, as args.task says: a line with the result."""
     tuning = args.task == "finetune"
     batch = args.batch_size or (64 if tuning else 256)
-    base_lr = args.base_lr or (0.1 if tuning else 30 if args.official else 1)
+    base_lr = (0.1 if tuning else 30 if args.official else 1) if args.base_lr is None else args.base_lr
     classes, positions = train.labels.unique(return_inverse=True)  # any labels, not just 0 to C - 1
     # Fewer labels than a batch: each image several times, in other crops.
     rows = torch.arange(len(train)).repeat(math.ceil(batch / len(train)))
@@ -214,7 +224,7 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
     else:
         # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks: an
         # untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
-        std, mean = torch.std_mean(bank, dim=0)
+        std, mean = torch.std_mean(bank, dim=0, correction=0)
         features, bank = ((x - mean) / std.clamp_min(1e-8) for x in (features, bank))
         batches = (bank[i] for _, i in requests())
     fit(model, batches, (positions[i].to(args.device) for _, i in requests()), steps, base_lr * batch / 256)
@@ -239,10 +249,8 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
     torchvision.utils.save_image(torch.cat(pictures) / 255, path, nrow=len(nearest[0]) + 1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, content = get_args(argv)
-    if process()[1] > 1:
-        stop("eval.py runs in one process: start it without torchrun")
+def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Loads, and prints a line for each task."""
     backbone = load_backbone(args, content)
     if args.export:
         export_backbone(backbone, args.export)
@@ -260,8 +268,6 @@ def main(argv: list[str] | None = None) -> None:
         content = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in both.items()}
         replace_file(Path(args.features), lambda file: torch.save(content, file))
     print(f"{args.data}: {len(train)} labelled images, {len(test)} test images, features of length {bank.shape[1]}")
-    if args.checkpoint not in ("random", "pixels"):
-        save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for task in [args.task] if args.task else ["knn", "linear"]:
         args.task = task
@@ -274,6 +280,18 @@ def main(argv: list[str] | None = None) -> None:
         if task == "linear":
             after = backbone.state_dict()
             assert all(torch.equal(after[name], value) for name, value in before.items()), "the probe changed the backbone"
+    if args.checkpoint not in ("random", "pixels"):
+        save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole command, for a shell, a notebook or a test."""
+    if process()[1] > 1:
+        stop("eval.py runs in one process: start it without torchrun")
+    with one_line_errors(2):
+        args, content = get_args(argv)
+    with one_line_errors(1):
+        evaluate(args, content)
 
 
 if __name__ == "__main__":

@@ -496,6 +496,23 @@ def test_broken_files_are_named_and_left_out_before_the_training(tmp_path, capsy
     assert len(images) == 16 and "3 files" in told and all(name in told for name in ("empty.jpg", "half.jpg", "notes.png"))
 
 
+def test_a_folder_is_searched_through_links_but_not_in_a_runs_own_pictures(tmp_path):
+    write_folder(tmp_path / "elsewhere", parts=["."])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
+    train.main(["photos", *FOLDER, "--out", "photos/run"])  # writes views.png below the data
+    images, _ = train.load_data(train.get_args(["photos", *FOLDER])[0])
+    assert len(images) == 12
+
+
+def test_images_of_another_size_are_evaluated_at_the_size_of_the_views():
+    args = types.SimpleNamespace(image_size=12, device="cpu", workers=0, mean=[0.0] * 3, std=[1.0] * 3)
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    features = train.extract_features(nn.Flatten(), train.Images(images, None), args)
+    expected = v2.functional.resize(images / 255, [12, 12], antialias=True).flatten(1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+
 def test_classes_may_differ_between_train_and_val(tmp_path, capsys):
     write_folder(tmp_path / "photos", classes=("cat", "dog"), parts=["train"])
     write_folder(tmp_path / "photos", classes=("ant", "cat"), parts=["val"])
@@ -583,8 +600,7 @@ def test_gray_is_torchvisions():
 
 def test_blur_is_torchvisions_with_a_sigma_for_each_image():
     x, sigma = torch.rand(3, 3, 20, 20), torch.tensor([0.1, 1.0, 2.0])
-    kernel = train.blur_matrix(sigma, 20)
-    out = train.separable(kernel, x, kernel)
+    out = train.blur(x, sigma)
     for i in range(3):
         theirs = v2.functional.gaussian_blur(x[i], [13, 13], [sigma[i].item()] * 2)
         torch.testing.assert_close(out[i], theirs, atol=1e-5, rtol=0)
@@ -970,7 +986,8 @@ WRONG = [
     ("--amp", "fp16"), ("--amp", "yes"), ("--device", "tpu"), ("--device", "cuda:99"), ("--unknown", ""),
     ("--out", "afile"), ("--out", "used"), ("--export", "afile"), ("--export", "no/such/folder"), ("--batch-size", "6000"),
     ("--alternate", "2 --eta-momentum 0.5"), ("--arch", "resnet18 --width 4"), ("nosuchfolder", ""), ("afile", ""),
-    ("emptyfolder", ""), ("--benchmark", "0"), ("--benchmark", "3 --out x"), ("--pairs", "0"), ("--epoch", "3"),
+    ("emptyfolder", ""), ("looseimages", ""), ("--no-stop-gradient", "--alternate 2"), ("--eta-momentum", "0.8 --pairs 2"),
+    ("--benchmark", "0"), ("--benchmark", "3 --out x"), ("--pairs", "0"), ("--epoch", "3"),
 ]  # fmt: skip
 
 
@@ -984,6 +1001,9 @@ def test_nonsense_gets_one_line_that_names_it_and_status_2(flag, value, capsys):
     Path("used").mkdir()
     Path("used/file").write_text("mine")
     Path("emptyfolder").mkdir()
+    for part in ("train", "val"):
+        Path("looseimages", part).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(f"looseimages/{part}/1.png")
     words = [flag, *value.split()] if value or not flag.startswith("--") or flag in ("--resume", "--unknown") else [f"{flag}="]
     assert flag in fails(words, capsys)
     assert Path("afile").read_text() == Path("used/file").read_text() == "mine" and not Path("runs").exists()
@@ -994,7 +1014,8 @@ def test_nonsense_gets_one_line_that_names_it_and_status_2(flag, value, capsys):
     ["random", "--data", "textures", "--k", "0"], ["random", "--data", "textures", "--temperature", "0"],
     ["random", "--data", "textures", "--labels-per-class", "0"], ["random", "--data", "textures", "--labels-per-class", "501"],
     ["random", "--data", "textures", "--arch", "vgg"], ["random", "--data", "textures", "--features", "no/such/place"],
-    ["random", "--data", "textures", "--export", "afile"], ["random", "--data", "textures", "--device", "tpu"],
+    ["random", "--data", "textures", "--export", "afile"], ["random", "--data", "textures", "--mean", "0.1", "0.1", "0.1"],
+    ["pixels", "--data", "textures", "--arch", "resnet18"], ["random", "--data", "textures", "--export", "a", "--features", "a"], ["random", "--data", "textures", "--device", "tpu"],
     ["afile", "--data", "textures"], ["random", "--data", "plain"],
 ])  # fmt: skip
 def test_eval_answers_nonsense_the_same_way(argv, capsys, tmp_path):
@@ -1091,7 +1112,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(pretrained, capsys, monkeypatc
         train.replace_file(Path(pretrained), lambda file: file.write(b"new"))
     assert exit_.value.code == 1 and Path(pretrained).read_bytes() == before
     assert "No space left" in capsys.readouterr().err
-    assert not Path(pretrained + ".tmp").exists()
+    assert not list(Path("run").glob(".*.tmp"))
 
 
 def test_nan_stops_at_its_step_and_keeps_the_last_checkpoint(small_textures, capsys, monkeypatch):
@@ -1121,9 +1142,9 @@ def test_two_runs_in_one_folder_the_second_refuses(small_textures, capsys):
     assert run("-c", code, HERE).returncode == 0
 
 
-def start(*argv):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+def start(*argv, **kwargs):
+    env, pipe = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, subprocess.PIPE
+    return subprocess.Popen([sys.executable, *map(str, argv)], stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
 
 
 def wait_for(process, word):
@@ -1146,6 +1167,41 @@ def test_a_signal_saves_says_where_and_exits_with_its_status(name):
     assert f"{name} at step" in out and "--resume --out run" in out
     step = int(re.search(r"at step (\d+)", out)[1])
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == step
+
+
+def test_nohup_is_respected_and_a_signal_to_the_whole_group_reaches_no_worker(tmp_path):
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        train.set_handlers(dict.fromkeys(train.SIGNALS, lambda *_: None))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number in train.SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    write_folder(tmp_path / "photos")
+    process = start(HERE / "train.py", "photos", *FOLDER, "--workers", "1", "--epochs", "5000", "--knn-every", "0",
+                    "--out", "run", start_new_session=True)  # fmt: skip
+    wait_for(process, "epoch   1/")
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM at step" in out, err
+
+
+def test_a_restart_by_torchrun_goes_on_with_its_own_run_only(small_textures, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    train.main([*TINY, "--batch-size", "100", "--epochs", "1", "--out", "run"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.get_args([*TINY, "--batch-size", "100", "--epochs", "1", "--out", "run"])[1]["step"] == 5
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert "in use" in fails([*TINY, "--out", "run"], capsys)
+
+
+def test_a_damaged_line_of_metrics_does_not_stop_a_resume(small_textures):
+    train.main([*TINY, "--batch-size", "100", "--out", "run"])
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2 garbage}\n[]\n{"epoch"')
+    train.main(["--resume", "--out", "run"])
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_kill_9_at_any_moment_loses_no_bit(tmp_path):

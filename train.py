@@ -12,7 +12,9 @@ views.png. Every random number is a function of (seed, step, rank): that is what
 """
 
 import argparse
+import contextlib
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -71,7 +73,8 @@ COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
-MAY_CHANGE = "data_dir out resume export knn_every save_every amp compile device workers tensorboard".split()
+ONLY_GIVEN = ["resume", "export", "compile", "tensorboard"]  # of these, a checkpoint's values do not count
+MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", "device", "workers"]
 
 
 def process() -> tuple[int, int]:
@@ -87,7 +90,8 @@ def say(message: str, file: TextIO | None = None) -> None:
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Ends the program for something the user can mend: one line on stderr, no traceback."""
-    say(f"error: {message}", sys.stderr)
+    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake is made on all ranks, a fault on one
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -124,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
     flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, or a folder")
     flag("--data-dir", help="for downloaded data sets (default: data)")
-    flag("--holdout", **switch, help="test on the last tenth of the training set, not on the test set")
+    flag("--holdout", **switch, help="test on a tenth of the training set kept apart, not on the test set")
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
     flag("--resume", **switch, help="continue the run in --out, or the latest one")
     flag("--export", metavar="FILE", help="at the end write the backbone alone, for plain torchvision")
@@ -175,18 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Checked arguments, and the checkpoint to resume from or None. Flags over checkpoint over recipe."""
     given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    if given.get("data") == "":
+        stop("DATA is empty: name a data set or a folder")
     if "data" in given and given["data"] not in RECIPES:
         given["data"] = str(Path(given["data"]).resolve())  # to be found again from another folder
-    # torchrun --max-restarts gives the same command again after a crash: that is a resume.
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    out, checkpoint = choose_out(given, again or "resume" in given), None
-    if "resume" in given and not (out / "checkpoint.pt").exists():
-        stop(f"--resume: there is no {out / 'checkpoint.pt'} to continue: check --out, or leave out --resume")
-    if "resume" in given or again and (out / "checkpoint.pt").exists():
-        checkpoint = read_checkpoint(out / "checkpoint.pt")
-        if not {"model", "optimizer", "step", "args"} <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
-            stop(f"{out / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
-    saved = checkpoint["args"] if checkpoint else {}
+    out, checkpoint = choose_run(given)
+    saved = {k: v for k, v in checkpoint["args"].items() if k not in ONLY_GIVEN} if checkpoint else {}
     for name in given.keys() & saved.keys() - set(MAY_CHANGE):
         if given[name] != saved[name]:
             stop(f"--resume: {out} runs with {name} {saved[name]}, not {given[name]}: leave it out or choose another --out")
@@ -196,9 +194,9 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         no_stop_gradient=False, predictor="mlp", predictor_hidden=None, bn="default", affine=False, pairs=1,
         similarity="cosine", asymmetric=False, alternate=1, eta_momentum=0.0,
         save_every=1, amp="auto", compile=False, workers=4, tensorboard=False, benchmark=0,
-        device="cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu",
+        device=best_device(),
     )  # fmt: skip
-    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out), resume=None)))
+    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID"))))
     if args.warmup_epochs is None:
         args.warmup_epochs = 10 if args.batch_size >= 1024 else 0
     check_args(args, given)
@@ -222,12 +220,21 @@ def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
         (("mean" in given) != ("std" in given), "--mean and --std go together: give both or none"),
         (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process, and without "
          "--alternate: drop the other"),
+        (args.eta_momentum and args.pairs > 1, "--eta-momentum takes an image once a step: leave out --pairs"),
+        (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1), "--no-stop-gradient: the targets of "
+         "--alternate and --eta-momentum have no gradient that could be let through; drop one"),
+        (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a package: "
+         "pip install tensorboard, or leave it out"),
         (args.benchmark and {"out", "resume", "export"} & given.keys(), "--benchmark writes nothing: leave out --out, "
          "--resume and --export"),
     ):  # fmt: skip
         if wrong:
             stop(message)
     check_new_file("--export", args.export)
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def check_device(device: str) -> str:
@@ -240,30 +247,38 @@ def check_device(device: str) -> str:
 
 
 def check_new_file(flag: str, path: str | None) -> None:
-    if path and (Path(path).exists() or not Path(path).absolute().parent.is_dir()):
+    if path is not None and (Path(path).exists() or not Path(path).absolute().parent.is_dir()):
         stop(f"{flag} {path} exists already, or its folder does not: name a new file")
 
 
-def choose_out(given: dict[str, Any], again: bool) -> Path:
-    """--out; or else the first free one of runs/DATA, runs/DATA-2, ..., and to go on again the latest one."""
+def choose_run(given: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+    """OUT, and its checkpoint if that run is to go on.
+
+    OUT is --out; or else the first free one of runs/DATA, runs/DATA-2, ..., or with --resume the latest one.
+    """
+    name = Path(given.get("data", "textures")).name or "data"
+    pattern = re.escape(name) + r"(-\d+)?" if "data" in given else ".*"
+    found = [path for path in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, path.parent.name)]
+    latest = max(found, key=lambda path: path.stat().st_mtime).parent if found else Path("runs", name)
+    again = Path(given["out"]) if "out" in given else latest
+    # torchrun --max-restarts gives the same command again after a crash: go on with what that same torchrun began.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if "resume" in given or restarted and (again / "checkpoint.pt").exists():
+        checkpoint = read_checkpoint(again / "checkpoint.pt")
+        if not {"model", "optimizer", "step", "args"} <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
+            stop(f"{again / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
+        if "resume" in given or checkpoint["args"].get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
+            return again, checkpoint
 
     def used(out: Path) -> bool:
-        return out.is_dir() and any(out.iterdir())
+        return out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir()))
 
-    if "out" in given:
-        out = Path(given["out"])
-        if out.exists() and not out.is_dir():
-            stop(f"--out {out} is a file: name a folder")
-        if used(out) and not again:
-            stop(f"--out {out} is in use: add --resume to continue that run, or name another folder")
-        return out
-    name = Path(given.get("data", "textures")).name or "data"
-    if again:
-        pattern = re.escape(name) + r"(-\d+)?" if "data" in given else ".*"
-        runs = [path for path in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, path.parent.name)]
-        return max(runs, key=lambda path: path.stat().st_mtime).parent if runs else Path("runs", name)
-    names = (f"{name}-{i}" if i > 1 else name for i in range(1, 10**6))
-    return next(out for out in (Path("runs", name) for name in names) if not used(out))
+    if "out" not in given:
+        names = (f"{name}-{i}" if i > 1 else name for i in range(1, 10**6))
+        return next(out for out in (Path("runs", name) for name in names) if not used(out)), None
+    if used(again):
+        stop(f"--out {again} is in use: add --resume to continue that run, or name a new folder")
+    return again, None
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -340,6 +355,8 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
     else:
         train, test = load_folder(args)
     if args.holdout:
+        if len(train) < 20:
+            stop(f"--holdout: a tenth of {len(train)} images is too few; leave it out")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # whatever the seed
         test, train = train.subset(order[: len(train) // 10]), train.subset(order[len(train) // 10 :])
     if args.mean is None or args.std is None:
@@ -432,7 +449,15 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
     if not root.is_dir():
         stop(f"no data set and no folder is called {args.data!r}: choose {', '.join(RECIPES)}, or a folder of images")
     parts = [root / "train", root / "val"] if (root / "train").is_dir() and (root / "val").is_dir() else [root]
-    files = [sorted(str(p) for p in part.rglob("*") if p.suffix.lower() in extensions and p.is_file()) for part in parts]
+    files = []
+    for part in parts:
+        found = []
+        for folder, folders, names in os.walk(part, followlinks=True):
+            if ".lock" in names:  # a run's OUT: its pictures are no data
+                folders.clear()
+            else:
+                found += [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
+        files.append(sorted(found))
     rank, world = process()
     mine = sum(files, [])[rank::world]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
@@ -445,7 +470,10 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
             stop(f"no readable image below {part}: looked for {' '.join(extensions)}")
     if len(parts) == 1:
         return Images(files[0], None, args.image_size, args.crop_min), None
-    names = [[Path(path).relative_to(part).parts[0] for path in paths] for part, paths in zip(parts, files)]
+    places = [[Path(path).relative_to(part).parts for path in paths] for part, paths in zip(parts, files)]
+    if loose := [place for place in sum(places, []) if len(place) == 1]:
+        stop(f"{loose[0][0]} in {root} lies beside the class folders, not in one: move it, or name a folder without train/ and val/")
+    names = [[place[0] for place in column] for column in places]
     if differing := sorted(set(names[0]) ^ set(names[1])):
         say(f"warning: only one of train and val has images of {', '.join(differing[:5])}", sys.stderr)
     classes = {name: label for label, name in enumerate(sorted({*names[0], *names[1]}))}
@@ -481,13 +509,14 @@ def load(images: Images, requests: Iterable[tuple[str, Tensor]], workers: int) -
         batch_size=None,  # a request is a batch already
         num_workers=0 if isinstance(images.source, Tensor) else workers,  # from memory a gather is quicker
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
     )
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal. What to do about it is the trainer's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """A signal may reach a whole group of processes. What to do about it is the trainer's business."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -571,15 +600,17 @@ def hue(x: Tensor, f: Tensor) -> Tensor:
     return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
 
 
-def blur_matrix(sigma: Tensor, size: int) -> Tensor:
-    """(N, size, size): Gaussian blur along one side, with sigma (N,) in pixels, up to 2; reflects at the border."""
-    i, j = torch.arange(size, device=sigma.device).view(-1, 1), torch.arange(size, device=sigma.device)
-    weight, width = 0, 2 * sigma.view(-1, 1, 1).square()
-    # Pixel j, and its mirror images before the first pixel and behind the last, which do not double those two.
-    for mirror, there in ((j, j >= 0), (-j, j > 0), (2 * (size - 1) - j, j < size - 1)):
-        near = there & ((i - mirror).abs() <= 6)  # three standard deviations of the widest
-        weight = weight + torch.where(near, torch.exp(-(i - mirror).square() / width), 0)
-    return weight / weight.sum(dim=-1, keepdim=True)
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with a sigma, (N, 1, 1, 1) in pixels, up to 2; reflecting at the border."""
+    n, channels, height, width = x.shape
+    radius = 6  # three standard deviations of the widest
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-taps.square() / (2 * sigma.view(n, 1).square()))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    # One group a channel of each image, so that every image has its own kernel.
+    x = F.pad(x.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view(n, channels, height, width)
 
 
 def two_views(images: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -609,8 +640,7 @@ def two_views(images: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]
     chosen = some(0.2)
     x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
     if len(chosen := some(args.blur)):
-        kernel = blur_matrix(draw(len(chosen), 0.1, 2.0), args.image_size)
-        x[chosen] = separable(kernel, x[chosen], kernel)
+        x[chosen] = blur(x[chosen], draw(len(chosen), 0.1, 2.0))
     x1, x2 = normalize(x, args).chunk(2)
     return x1, x2
 
@@ -738,7 +768,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "targets", "optimizer", "scaler")}
         plain = {name: getattr(self, name) for name in ("step", "n", "world", "seconds")}
-        return parts | plain | dict(sums=self.sums.tolist(), args=vars(self.args))
+        return parts | plain | dict(sums=gather(self.sums.tolist()), args=vars(self.args))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stops where it does not fit. All or nothing: what was loaded by then is not used."""
@@ -746,7 +776,8 @@ class Trainer:
             for name in ("model", "targets", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(state[name])
             self.step, self.seconds, n, world = (state[name] for name in ("step", "seconds", "n", "world"))
-            self.sums.copy_(torch.tensor(state["sums"]))
+            sums = torch.tensor(state["sums"])  # (processes, 2)
+            self.sums.copy_(sums[self.rank] if world == self.world else sums.mean(dim=0))
         except Exception as error:  # whatever a file of the right form may hold
             stop(f"{self.args.out}/checkpoint.pt does not fit this run ({type(error).__name__}): name another --out")
         if n != self.n:
@@ -761,26 +792,30 @@ class Trainer:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, images: Images, args: argparse.Namespace, amp: torch.dtype | None = None, limit: int = 2**62
+    backbone: nn.Module, images: Images, args: argparse.Namespace, amp: torch.dtype | None = None
 ) -> Tensor:
-    """Features (N, D) float32 of the first `limit` images, not augmented, by the backbone in eval mode.
+    """Features (N, D) float32 of all images, not augmented, by the backbone in eval mode.
 
     Processes share the work, and each returns all of it. Every image counts once: no last batch is dropped.
     """
     rank, world = process()
-    device, mode, n = torch.device(args.device), backbone.training, min(len(images), limit)
+    device, mode, n = torch.device(args.device), backbone.training, len(images)
     mine = (torch.arange(math.ceil(n / world) * world) % n)[rank::world]  # as many on every rank
     backbone.eval()
     features = []
     for batch in load(images, [("", indices) for indices in mine.split(250)], args.workers):
-        x = normalize(batch.to(device, non_blocking=True).float() / 255, args)
+        x = batch.to(device, non_blocking=True).float() / 255
+        if x.shape[-2:] != (args.image_size, args.image_size):
+            x = F.interpolate(x, [args.image_size] * 2, mode="bilinear", antialias=True)
+        x = normalize(x, args)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             features.append(backbone(x).float())
     backbone.train(mode)
-    parts = [torch.cat(features)]
-    if world > 1:
-        parts = [torch.empty_like(parts[0]) for _ in range(world)]
-        dist.all_gather(parts, torch.cat(features))
+    mine = torch.cat(features)
+    if world == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
     return torch.stack(parts, dim=1).flatten(0, 1)[:n]  # in order again
 
 
@@ -793,11 +828,13 @@ def monitor(
     """
     for buffer in backbone.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # one network everywhere: without SyncBN the ranks' running means differ
+    images = test or train
+    some = torch.linspace(0, len(images) - 1, min(512, len(images))).long()  # spread over all classes
     if not knn or test is None or test.labels is None:
-        return effective_rank(extract_features(backbone, test or train, args, amp, limit=512)).item(), None
+        return effective_rank(extract_features(backbone, images.subset(some), args, amp)).item(), None
     bank, features = (extract_features(backbone, images, args, amp) for images in (train, test))
     predicted = knn_predict(features, bank, train.labels.to(bank.device))
-    return effective_rank(features[:512]).item(), (predicted.cpu() == test.labels).sum().item() / len(test)
+    return effective_rank(features[some]).item(), (predicted.cpu() == test.labels).sum().item() / len(test)
 
 
 def advice(loss: float, spread_: float, progress: float) -> str:
@@ -818,8 +855,11 @@ def setup_distributed(device: str) -> torch.device:
     """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
     if process()[1] == 1:
         return torch.device(device)
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        stop(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several processes with torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)  # fewer GPUs than processes
         torch.cuda.set_device(device)
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -841,7 +881,7 @@ def gather(mine: Any) -> list[Any]:
 
 def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Leaves at path the old content or the new one, whole, whatever happens."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -867,6 +907,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def export_backbone(backbone: nn.Module, path: str) -> None:
     """The weights alone, under torchvision's names."""
+    check_new_file("--export", path)  # it may have come up since
     weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
     replace_file(Path(path), lambda file: torch.save(weights, file))
 
@@ -890,10 +931,10 @@ def claim(out: Path) -> BinaryIO:
         import fcntl  # Windows has none, and there two runs in one folder are not noticed
 
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
+    except (BlockingIOError, PermissionError):
         stop(f"--out {out} is in use by another process: name another folder")
+    except (ImportError, OSError):  # nor have some network file systems
+        pass
     return lock
 
 
@@ -922,20 +963,21 @@ def catch_signals() -> Callable[[], int]:
 def set_handlers(handlers: dict[int, Any]) -> None:
     if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it can't be done
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, handler)
 
 
 def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
     """A function that writes one epoch's numbers. Rows of OUT/metrics.jsonl later than `step` are dropped."""
     path, writer = out / "metrics.jsonl", None
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short, or not ours
+            kept += [line] if json.loads(line)["step"] <= step else []
     replace_file(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
     if tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            stop("--tensorboard needs a package: pip install tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(out, purge_step=step)
 
     def write(row: dict[str, Any]) -> None:
@@ -966,6 +1008,10 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
     lock = claim(out) if chief else None  # noqa: F841: held until the end
     if checkpoint:
         trainer.load_state_dict(checkpoint)
+    if len(set(gather(trainer.step))) > 1:
+        stop(f"not all processes see {out / 'checkpoint.pt'}: put --out where all nodes can read it", status=1)
+    if trainer.step == trainer.steps:
+        say(f"the run in {out} is already finished")
     began = time.time() - trainer.seconds
     save = partial(save_checkpoint, trainer, out / "checkpoint.pt", began)
     say(
@@ -993,10 +1039,11 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
             trainer.check([trainer.sums])
         if terminal:
             print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
+        if position == 0 or signal_number:
+            trainer.check(trainer.model.parameters())
         if position == 0:
             report(epoch, since, time.time() - began)
         if signal_number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
-            trainer.check(trainer.model.parameters())
             save()
         if position == 0:
             since = time.time(), trainer.step
@@ -1072,24 +1119,33 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The whole command, for a shell, a notebook or a test. Raises SystemExit on a mistake and on a signal."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+@contextlib.contextmanager
+def one_line_errors(status: int) -> Iterator[None]:
+    """What the machine, and not the code, is to blame for ends in one line too."""
     try:
-        args, checkpoint = get_args(argv)
-        model = train(args, checkpoint)
-        if args.export and process()[0] == 0:
-            export_backbone(model.backbone, args.export)
-    except KeyboardInterrupt:  # before the training began
+        yield
+    except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
-        stop("out of memory: take a smaller --batch-size or --image-size", status=1)
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+        stop("out of memory: take a smaller --batch-size or --image-size", status)
+    except (OSError, dist.DistError, RuntimeError) as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost and not isinstance(error, OSError):
             raise
-        stop("another process has ended; the last checkpoint is whole", status=1)
-    except OSError as error:
-        stop(f"{error}: is the disk full, or the folder read-only?", status=1)
+        text = str(error).strip().splitlines()[-1]  # behind a worker's traceback stands what it says
+        stop("another process has ended; the last checkpoint is whole" if lost else text, status)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole command, for a shell, a notebook or a test. Raises SystemExit on a mistake and on a signal."""
+    with one_line_errors(2):
+        args, checkpoint = get_args(argv)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with one_line_errors(1):
+            model = train(args, checkpoint)
+            if args.export and process()[0] == 0:
+                export_backbone(model.backbone, args.export)
     finally:
         set_handlers(handlers)
         if dist.is_initialized():
