@@ -5,10 +5,10 @@
     python eval.py runs/textures/checkpoint.pt finetune --labels-per-class 10
     python eval.py pixels knn --data fashion-mnist          # no network at all
 
-CHECKPOINT is a file of train.py (checkpoint.pt or --export's) or one of those that the authors of SimSiam released,
-or one of the words "random" and "pixels". Features are the backbone's, in eval mode, frozen: a probe that leaves
-BatchNorm in training mode changes the network that it measures. Every test image counts, and what is reported is
-the last epoch: the best one on the test set would be chosen with the test set.
+CHECKPOINT is a file of train.py (checkpoint.pt or --export's) or one of those that the authors of SimSiam
+released, or one of the words "random" and "pixels". Features are the backbone's, in eval mode, frozen: a probe
+that leaves BatchNorm in training mode changes the network that it measures. Every test image counts, and what
+is reported is the last epoch: the best one on the test set would be chosen with the test set.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--official", **switch, help="linear: crop and flip the images anew each epoch, as the authors do")
     flag("--epochs", type=number(int, 1, 10**5), default=90, help="of linear and finetune (default: 90)")
     flag("--batch-size", type=number(int, 2, 10**6), help="default: linear 256, finetune 64")
-    flag("--base-lr", type=rate, help="lr = base lr * batch / 256 (default: linear 1, --official 30, finetune 0.1)")
-    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; the authors' probe: 0.08)")
+    flag("--base-lr", type=rate, help="for a batch of 256 (default: linear 1, --official 30, finetune 0.1)")
+    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; the authors': 0.08)")
     # for files that do not say it, and for 'random'
     flag("--arch")
     flag("--stem", choices=["imagenet", "cifar"])
@@ -88,7 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Arguments completed by what the checkpoint says, and its content ({} for 'random' and 'pixels')."""
-    given = {name: value for name, value in vars(build_parser().parse_intermixed_args(argv)).items() if value is not None}
+    parsed = vars(build_parser().parse_intermixed_args(argv))
+    given = {name: value for name, value in parsed.items() if value is not None}
     name, content = given["checkpoint"], {}
     if name not in ("random", "pixels"):
         content = read_checkpoint(Path(name))
@@ -129,8 +130,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 def backbone_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The backbone's part of any of the formats, under torchvision's names.
 
-    train.py: {"model": backbone.*, projector.*, predictor.*}; the authors': {"state_dict": module.encoder.* with the
-    projector as encoder.fc.*, module.predictor.*}; an export: the names themselves.
+    train.py: {"model": backbone.*, projector.*, predictor.*}; the authors': {"state_dict": module.encoder.* with
+    the projector as encoder.fc.*, module.predictor.*}; an export: the names themselves.
     """
     weights = content.get("model", content.get("state_dict", content))
     found = {}
@@ -142,7 +143,7 @@ def backbone_weights(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Module:
-    """In eval mode, with frozen weights. Every tensor of the network comes from the file, and all of the file's fit."""
+    """In eval mode, with frozen weights. Strict: every tensor comes from the file, and all of the file's fit."""
     if args.checkpoint == "pixels":
         return nn.Flatten(1)
     torch.manual_seed(args.seed)
@@ -197,7 +198,9 @@ def fit(model: nn.Module, batches: Iterable[Tensor], targets: Iterable[Tensor], 
         optimizer.step()
 
 
-def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, features: Tensor, args: argparse.Namespace) -> str:
+def probe(
+    backbone: nn.Module, train: Images, test: Images, bank: Tensor, features: Tensor, args: argparse.Namespace
+) -> str:
     """Linear probe or fine-tuning, as args.task says: a line with the result."""
     tuning = args.task == "finetune"
     batch = args.batch_size or (64 if tuning else 256)
@@ -222,8 +225,8 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
         with torch.no_grad():
             batches = (backbone(x) for x in crops(train, requests(), args))
     else:
-        # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks: an
-        # untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
+        # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks:
+        # an untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
         std, mean = torch.std_mean(bank, dim=0, correction=0)
         features, bank = ((x - mean) / std.clamp_min(1e-8) for x in (features, bank))
         batches = (bank[i] for _, i in requests())
@@ -231,10 +234,8 @@ def probe(backbone: nn.Module, train: Images, test: Images, bank: Tensor, featur
     with torch.no_grad():
         logits = extract_features(model, test, args) if tuning else head(features)
     correct = (classes[logits.argmax(dim=1).cpu()] == test.labels).sum().item()
-    return (
-        f"{args.task} ({how}; SGD, lr {base_lr:g} * {batch} / 256, {args.epochs} epochs of {steps // args.epochs} steps): "
-        f"top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
-    )
+    recipe = f"SGD, lr {base_lr:g} * {batch} / 256, {args.epochs} epochs of {steps // args.epochs} steps"
+    return f"{args.task} ({how}; {recipe}): top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -267,19 +268,22 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         both = dict(train=(bank, train.labels), test=(features, test.labels))
         content = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in both.items()}
         replace_file(Path(args.features), lambda file: torch.save(content, file))
-    print(f"{args.data}: {len(train)} labelled images, {len(test)} test images, features of length {bank.shape[1]}")
+    n, d = bank.shape
+    print(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for task in [args.task] if args.task else ["knn", "linear"]:
         args.task = task
         if task == "knn":
             labels = knn_predict(features, bank, train.labels.to(bank.device), args.k, args.temperature).cpu()
             correct = (labels == test.labels).sum().item()
-            print(f"knn (k={args.k}, T={args.temperature}): top-1 {correct / len(test):.2%} ({correct} of {len(test)})")
+            top1 = f"top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
+            print(f"knn (k={args.k}, T={args.temperature}): {top1}")
             continue
         print(probe(backbone, train, test, bank, features, args), flush=True)
         if task == "linear":
             after = backbone.state_dict()
-            assert all(torch.equal(after[name], value) for name, value in before.items()), "the probe changed the backbone"
+            unchanged = all(torch.equal(after[name], value) for name, value in before.items())
+            assert unchanged, "the probe changed the backbone"
     if args.checkpoint not in ("random", "pixels"):
         save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 

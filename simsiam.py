@@ -39,7 +39,6 @@ In a project of yours:
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
@@ -302,7 +301,7 @@ def knn_predict(
 
 
 # ------------------------------------------------------------------------------------------------
-# A demonstration, in seconds: images of noise, more noise as the augmentation, with the stop-gradient and without.
+# A demonstration: images of noise, more noise as the augmentation, with the stop-gradient and without.
 
 if __name__ == "__main__":
     for stop_gradient in (True, False):
@@ -317,7 +316,8 @@ if __name__ == "__main__":
             p1, p2, z1, z2 = model(x1, x2)
             loss = simsiam_loss(p1, p2, z1, z2, stop_gradient=stop_gradient)
             if step % 25 == 0:
-                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {effective_rank(z1):4.1f} of {z1.shape[1]}")
+                rank = effective_rank(z1)
+                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {rank:4.1f} of 64")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

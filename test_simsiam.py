@@ -15,7 +15,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tarfile
 import types
 from pathlib import Path
 

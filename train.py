@@ -90,7 +90,8 @@ def say(message: str, file: TextIO | None = None) -> None:
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Ends the program for something the user can mend: one line on stderr, no traceback."""
-    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":  # a mistake is made on all ranks, a fault on one
+    # A mistake is made on all ranks, and told once a machine; a fault happens on one of them.
+    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -114,19 +115,22 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 def command_line(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose every complaint is one line."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
+    )
     parser.error = lambda message: stop(f"{message}; see --help")
     return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     recipes = (RECIPES | {"a folder": IMAGENET}).items()
-    lines = (f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes)
-    parser = command_line("Pretrain SimSiam. The defaults depend on DATA and stand at the end.", "\n".join([*lines, COST]))
+    lines = [f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes]
+    title = "Pretrain SimSiam. The defaults depend on DATA and stand at the end."
+    parser = command_line(title, "\n".join([*lines, COST]))
     # A default of None means "not given", so that the checkpoint's or the recipe's value can take its place.
     flag, switch = parser.add_argument, dict(action="store_true", default=None)
     size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
-    flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, or a folder")
+    flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, a folder")
     flag("--data-dir", help="for downloaded data sets (default: data)")
     flag("--holdout", **switch, help="test on a tenth of the training set kept apart, not on the test set")
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
@@ -144,14 +148,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch-size", type=number(int, 2, 10**6), help="TOTAL over all processes (Table 2)")
     flag("--base-lr", type=rate, help="for a batch of 256; lr = base lr * batch / 256 (Sec. 3)")
     flag("--weight-decay", type=rate, help="on all parameters, BN and biases too (App. A)")
-    flag("--warmup-epochs", type=number(int, 0, 10**6), help="default: 10 from a batch of 1024 on (Table 2), else 0")
+    flag("--warmup-epochs", type=number(int, 0, 10**6), help="default: 10 if the batch is 1024 or more (Table 2)")
     flag("--decay-predictor-lr", **switch, help="cosine for h too (Table 1, baseline)")
     flag("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     # images and augmentation
     flag("--image-size", type=number(int, 8, 4096), help="side of a view in pixels")
     flag("--mean", type=share, nargs=3, help="of the pixels (default: measured; folders: ImageNet's)")
     flag("--std", type=number(float, 1e-3, 1), nargs=3)
-    flag("--crop-min", type=number(float, 0.01, 1), help="smallest area of a crop, a share of the image (App. A)")
+    flag("--crop-min", type=number(float, 0.01, 1), help="smallest area of a crop, as a share (App. A)")
     flag("--blur", type=share, help="probability of the Gaussian blur (App. A)")
     # ablations: all off by default
     flag("--no-stop-gradient", **switch, help="Fig. 2: it collapses")
@@ -161,18 +165,18 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--affine", **switch, help="scale and shift in the BN on z (Sec. 4.4)")
     flag("--similarity", choices=["cosine", "cross-entropy"], help="Sec. 4.5")
     flag("--asymmetric", **switch, help="predict one way only (Sec. 4.6)")
-    flag("--pairs", type=number(int, 1, 16), help="of views an image and step; 2: the asymmetric '2x' of Sec. 4.6")
-    flag("--alternate", type=number(int, 1, 10**6), help="steps that share one set of target weights (Sec. 5.2)")
-    flag("--eta-momentum", type=number(float, 0, 0.999), help="targets averaged over epochs (Sec. 5.2: 0.8)")
+    flag("--pairs", type=number(int, 1, 16), help="of views an image; 2: the asymmetric 2x of Sec. 4.6")
+    flag("--alternate", type=number(int, 1, 10**6), help="steps that share target weights (Sec. 5.2)")
+    flag("--eta-momentum", type=number(float, 0, 0.999), help="of targets, over epochs (Sec. 5.2: 0.8)")
     # system
     flag("--knn-every", type=number(int, 0, 10**6), help="epochs between kNN evaluations; 0: none")
     flag("--save-every", type=number(int, 1, 10**6), help="epochs between checkpoints (default: 1)")
-    flag("--amp", choices=["auto", "off", "bf16", "fp16"], help="auto: bf16 where the hardware multiplies it")
+    flag("--amp", choices=["auto", "off", "bf16", "fp16"], help="auto: bf16 where hardware has it")
     flag("--compile", **switch, help="torch.compile: slow to start, faster then")
     flag("--device", help="cpu, cuda or mps (default: the best there is)")
-    flag("--workers", type=number(int, 0, 256), help="processes a rank that decode a folder's images (default: 4)")
+    flag("--workers", type=number(int, 0, 256), help="that decode a folder's images (default: 4)")
     flag("--tensorboard", **switch, help="write the metrics for TensorBoard too")
-    flag("--benchmark", type=number(int, 1, 10**6), metavar="N", help="time N steps, say where time goes, and exit")
+    flag("--benchmark", type=number(int, 1, 10**6), metavar="N", help="time N steps and exit")
     return parser
 
 
@@ -187,16 +191,18 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ONLY_GIVEN} if checkpoint else {}
     for name in given.keys() & saved.keys() - set(MAY_CHANGE):
         if given[name] != saved[name]:
-            stop(f"--resume: {out} runs with {name} {saved[name]}, not {given[name]}: leave it out or choose another --out")
+            was, is_ = saved[name], given[name]
+            stop(f"--resume: {out} runs with {name} {was}, not {is_}: leave it out or choose another --out")
     data = given.get("data", saved.get("data", "textures"))
     recipe = RECIPES.get(data, IMAGENET) | dict(
-        data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None, decay_predictor_lr=False,
-        no_stop_gradient=False, predictor="mlp", predictor_hidden=None, bn="default", affine=False, pairs=1,
-        similarity="cosine", asymmetric=False, alternate=1, eta_momentum=0.0,
+        data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None,
+        decay_predictor_lr=False, no_stop_gradient=False, predictor="mlp", predictor_hidden=None, bn="default",
+        affine=False, similarity="cosine", asymmetric=False, pairs=1, alternate=1, eta_momentum=0.0,
         save_every=1, amp="auto", compile=False, workers=4, tensorboard=False, benchmark=0,
         device=best_device(),
     )  # fmt: skip
-    args = argparse.Namespace(**(recipe | saved | given | dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID"))))
+    fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID"))
+    args = argparse.Namespace(**(recipe | saved | given | fixed))
     if args.warmup_epochs is None:
         args.warmup_epochs = 10 if args.batch_size >= 1024 else 0
     check_args(args, given)
@@ -208,25 +214,25 @@ def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
     world, kind = process()[1], check_device(args.device)
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
     for wrong, message in (
-        (args.batch_size % world or args.batch_size < 2 * world, f"--batch-size {args.batch_size} is the total of "
-         f"{world} processes: take a multiple of {world}, two images each or more"),
+        (args.batch_size % world or args.batch_size < 2 * world, f"--batch-size {args.batch_size} is the total "
+         f"of {world} processes: take a multiple of {world}, two images each or more"),
         (args.warmup_epochs >= args.epochs, f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
          f"{args.epochs}: take fewer"),
-        (args.amp == "fp16" and kind != "cuda", f"--amp fp16 needs CUDA, and the device is {kind}: choose bf16 or off"),
-        (args.compile and kind == "cpu" and not any(map(shutil.which, compilers)), "--compile needs a C++ compiler "
-         "here: install g++, or leave it out"),
-        (args.arch == "convnet" and "stem" in given, "--stem is for ResNets, and --arch is convnet: drop one of them"),
-        (args.arch != "convnet" and "width" in given, f"--width is the convnet's, and --arch is {args.arch}: drop one"),
+        (args.amp == "fp16" and kind != "cuda", f"--amp fp16 needs CUDA, and this is {kind}: choose bf16 or off"),
+        (args.compile and kind == "cpu" and not any(map(shutil.which, compilers)), "--compile needs a C++ "
+         "compiler here: install g++, or leave it out"),
+        (args.arch == "convnet" and "stem" in given, "--stem is for ResNets, and --arch is convnet: drop one"),
+        (args.arch != "convnet" and "width" in given, f"--width is convnet's, and --arch is {args.arch}: drop one"),
         (("mean" in given) != ("std" in given), "--mean and --std go together: give both or none"),
         (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process, and without "
          "--alternate: drop the other"),
         (args.eta_momentum and args.pairs > 1, "--eta-momentum takes an image once a step: leave out --pairs"),
-        (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1), "--no-stop-gradient: the targets of "
-         "--alternate and --eta-momentum have no gradient that could be let through; drop one"),
+        (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1), "--no-stop-gradient: the "
+         "targets of --alternate and --eta-momentum have no gradient that could be let through; drop one"),
         (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a package: "
          "pip install tensorboard, or leave it out"),
-        (args.benchmark and {"out", "resume", "export"} & given.keys(), "--benchmark writes nothing: leave out --out, "
-         "--resume and --export"),
+        (args.benchmark and {"out", "resume", "export"} & given.keys(), "--benchmark writes nothing: leave out "
+         "--out, --resume and --export"),
     ):  # fmt: skip
         if wrong:
             stop(message)
@@ -261,11 +267,11 @@ def choose_run(given: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     found = [path for path in Path("runs").glob("*/checkpoint.pt") if re.fullmatch(pattern, path.parent.name)]
     latest = max(found, key=lambda path: path.stat().st_mtime).parent if found else Path("runs", name)
     again = Path(given["out"]) if "out" in given else latest
-    # torchrun --max-restarts gives the same command again after a crash: go on with what that same torchrun began.
+    # torchrun --max-restarts gives the same command again after a crash: go on with what it began itself.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if "resume" in given or restarted and (again / "checkpoint.pt").exists():
         checkpoint = read_checkpoint(again / "checkpoint.pt")
-        if not {"model", "optimizer", "step", "args"} <= checkpoint.keys() or not isinstance(checkpoint["args"], dict):
+        if not ({"model", "optimizer", "step"} <= checkpoint.keys() and isinstance(checkpoint.get("args"), dict)):
             stop(f"{again / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
         if "resume" in given or checkpoint["args"].get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
             return again, checkpoint
@@ -298,7 +304,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 class Images(torch.utils.data.Dataset):
     """source: images (N, 3, H, W) uint8 in memory, or a list of N files to be decoded when asked for."""
 
-    def __init__(self, source: Tensor | list[str], labels: Tensor | None, size: int = 0, crop_min: float = 1.0):
+    def __init__(self, source: Tensor | list[str], labels: Tensor | None, size: int = 0, crop_min: float = 1):
         self.source, self.labels = source, labels
         # For files. Crops are cut here and not on the device, so that images of all sizes fit one tensor.
         resize = v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True)
@@ -309,7 +315,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, request: tuple[str, Tensor]) -> Tensor:
-        """(B, 3, H, W) uint8 at the B given indices; of files, if there is a key, two crops: (B, 2, 3, S, S)."""
+        """(B, 3, H, W) uint8 at the B indices; of files, if there is a key, two crops: (B, 2, 3, S, S)."""
         key, indices = request
         if isinstance(self.source, Tensor):
             return self.source[indices]
@@ -347,7 +353,7 @@ def complaint(path: str) -> str | None:
 
 
 def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
-    """Training and test images of args.data, downloaded if need be; measures args.mean and args.std if None."""
+    """Training and test images of args.data. Sets args.mean and args.std, if None, to what they are."""
     if args.data == "textures":
         train, test = Images(*textures(5000, seed=0)), Images(*textures(2000, seed=1))
     elif args.data in RECIPES:
@@ -394,7 +400,8 @@ def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     v = (y * angle.cos() - x * angle.sin()) / period + draw(0, 1)
     radius = torch.hypot(u + draw(-1, 1), v + draw(-1, 1))
     turn = torch.atan2(v + draw(-0.5, 0.5), u + draw(-0.5, 0.5)) / (2 * math.pi) * (period + 4).round()
-    noise, streaks = (F.interpolate(draw(-2, 2, 1, *n), size=size, mode="bicubic")[:, 0] for n in ((12, 12), (4, 16)))
+    coarse = draw(-2, 2, 1, 12, 12), draw(-2, 2, 1, 4, 16)
+    noise, streaks = (F.interpolate(grid, size=size, mode="bicubic")[:, 0] for grid in coarse)
     patterns = [  # for the images i; positive inside the pattern
         lambda i: wave(u[i]),  # stripes
         lambda i: wave(u[i]) * wave(v[i]),  # checks
@@ -425,14 +432,15 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     if later:  # one process of each machine downloads, and the others come after it
         dist.barrier()
     try:
-        for archive in Path(root, "FashionMNIST", "raw").glob("*.gz"):  # from wherever: torchvision knows one mirror's only
+        # torchvision unpacks only archives with its own mirror's checksums; their content is the same everywhere.
+        for archive in Path(root, "FashionMNIST", "raw").glob("*.gz"):
             if name == "fashion-mnist" and not archive.with_suffix("").exists():
                 sets.utils.extract_archive(str(archive))
         dataset = kind(root, train=is_train, download=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, a damaged archive
+    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, damaged
         reason = [*str(error).splitlines(), type(error).__name__][0]
         archive = "the four .gz files, in FashionMNIST/raw" if name == "fashion-mnist" else Path(kind.url).name
-        stop(f"{name} is not in {root} and can't be downloaded ({reason}): put {archive} into --data-dir {root}")
+        stop(f"{name} is not in {root}, and no download ({reason}): put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
         dist.barrier()
     images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
@@ -447,8 +455,9 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
     """
     root, extensions = Path(args.data), torchvision.datasets.folder.IMG_EXTENSIONS
     if not root.is_dir():
-        stop(f"no data set and no folder is called {args.data!r}: choose {', '.join(RECIPES)}, or a folder of images")
-    parts = [root / "train", root / "val"] if (root / "train").is_dir() and (root / "val").is_dir() else [root]
+        stop(f"no data set and no folder is called {args.data!r}: choose {', '.join(RECIPES)}, or a folder")
+    parts = [root / "train", root / "val"]
+    parts = parts if all(part.is_dir() for part in parts) else [root]
     files = []
     for part in parts:
         found = []
@@ -463,7 +472,8 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
         found = [(path, why) for path, why in zip(mine, pool.map(complaint, mine)) if why]
     if bad := dict(sum(gather(found), [])):
-        say(f"warning: {len(bad)} files can't be read and are left out: {', '.join([*bad.values()][:5])}", sys.stderr)
+        some = ", ".join([*bad.values()][:5])
+        say(f"warning: {len(bad)} files can't be read and are left out: {some}", sys.stderr)
     files = [[path for path in paths if path not in bad] for paths in files]
     for part, paths in zip(parts, files):
         if not paths:
@@ -472,7 +482,7 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
         return Images(files[0], None, args.image_size, args.crop_min), None
     places = [[Path(path).relative_to(part).parts for path in paths] for part, paths in zip(parts, files)]
     if loose := [place for place in sum(places, []) if len(place) == 1]:
-        stop(f"{loose[0][0]} in {root} lies beside the class folders, not in one: move it, or name a folder without train/ and val/")
+        stop(f"{loose[0][0]} is in {root}/train or val, but in no class folder there: move it into one")
     names = [[place[0] for place in column] for column in places]
     if differing := sorted(set(names[0]) ^ set(names[1])):
         say(f"warning: only one of train and val has images of {', '.join(differing[:5])}", sys.stderr)
@@ -489,7 +499,7 @@ def seed_of(*parts: Any) -> int:
 def schedule(
     n: int, batch: int, seed: int, steps: range, rank: int = 0, world: int = 1, pairs: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
-    """For each step the epoch's key, and the indices of this rank's part of the batch, (pairs * batch / world,).
+    """For each step the epoch's key, and the indices of this rank's part, (pairs * batch / world,).
 
     An epoch is a new permutation of all n images, the same one on every rank, cut into n // batch batches.
     What is left over is another handful each time.
@@ -671,8 +681,8 @@ class Targets(nn.Module):
     def __init__(self, model: SimSiam, n: int, args: argparse.Namespace):
         super().__init__()
         self.every, self.momentum = args.alternate, args.eta_momentum
-        # k-step alternation: the targets of k steps come from the weights before the first of them. (The paper
-        # computes them ahead and keeps them. To keep the weights comes to the same.)
+        # k-step alternation: the targets of k steps come from the weights before the first of them. (The
+        # paper computes them ahead and keeps them. To keep the weights comes to the same.)
         self.model = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
         # In place of the expectation over augmentations, a running average over an image's visits.
         self.register_buffer("eta", torch.zeros(n, args.dim) if self.momentum else None)
@@ -692,13 +702,13 @@ class Targets(nn.Module):
 
 
 class Trainer:
-    """The model and all that changes with it. `update` makes one step, `state_dict` is all that a resume needs."""
+    """The model and all that changes with it. `update` is one step, `state_dict` all that a resume needs."""
 
     def __init__(self, args: argparse.Namespace, n: int, device: torch.device):
         self.args, self.n, self.device, self.amp = args, n, device, amp_dtype(args.amp, device)
         (self.rank, self.world), self.step, self.per_epoch = process(), 0, n // args.batch_size
         self.steps, self.warmup = args.epochs * self.per_epoch, args.warmup_epochs * self.per_epoch
-        self.seconds, self.sums = 0.0, torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
+        self.seconds, self.sums = 0.0, torch.zeros(2, device=device)  # of loss and spread, in this epoch
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -707,7 +717,7 @@ class Trainer:
         heads = {k: vars(args)[k] for k in "dim hidden layers predictor_hidden predictor bn affine".split()}
         model = SimSiam(backbone, feature_dim, **heads)
         if self.world > 1 and device.type == "cuda":
-            # BN over the whole batch. It exists for CUDA only: on the CPU every process normalizes its own part.
+            # BN over the whole batch. It is for CUDA only: on the CPU every process normalizes its own part.
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # `model` stays the bare model, and that is what is saved: no "module." in its keys.
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -727,16 +737,19 @@ class Trainer:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
         self.wrapped = torch.compile(self.wrapped, disable=not args.compile)
 
+    def __str__(self) -> str:
+        return f"{self.world} x {self.device.type}, {self.amp or torch.float32}"
+
     def batches(self, images: Images, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 images, their indices) of this rank for each step."""
         args = self.args
         requests = partial(schedule, self.n, args.batch_size, args.seed, steps, self.rank, self.world, args.pairs)
         return zip(load(images, requests(), args.workers), (indices for _, indices in requests()))
 
-    def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], None] = lambda phase: None) -> None:
+    def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], Any] = lambda phase: None) -> None:
         """One step on this rank's images. `mark` is told the end of every phase."""
         args = self.args
-        torch.manual_seed(seed_of(args.seed, self.step, self.rank))  # for the views, and for a backbone's dropout
+        torch.manual_seed(seed_of(args.seed, self.step, self.rank))  # for the views, and dropout if any
         x1, x2 = two_views(batch.to(self.device, non_blocking=True), args)
         mark("augmentation")
         for group in self.optimizer.param_groups:
@@ -783,7 +796,7 @@ class Trainer:
         if n != self.n:
             stop(f"--resume: {self.args.data} had {n} images and now has {self.n}: restore them, or start anew")
         if world != self.world:
-            say(f"warning: {world} processes before, {self.world} now: the weights will not be the same bit for bit", sys.stderr)
+            say(f"warning: {world} processes before, {self.world} now: not the same bits as without", sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -820,9 +833,14 @@ def extract_features(
 
 
 def monitor(
-    backbone: nn.Module, train: Images, test: Images | None, args: argparse.Namespace, amp: torch.dtype | None, knn: bool
+    backbone: nn.Module,
+    train: Images,
+    test: Images | None,
+    args: argparse.Namespace,
+    amp: torch.dtype | None,
+    knn: bool,
 ) -> tuple[float, float | None]:
-    """Effective rank of 512 images' features; and the share of all test images that kNN labels correctly, or None.
+    """Effective rank of 512 images' features; and kNN top-1 over all test images, a fraction, or None.
 
     The classifier is that of simsiam.py, on backbone features, with the whole training set as its bank.
     """
@@ -840,10 +858,10 @@ def monitor(
 def advice(loss: float, spread_: float, progress: float) -> str:
     """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
     if loss < -0.95 and spread_ < 0.3:
-        return ("collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does each "
-                "prediction meet the OTHER view? Then try the augmentations of App. A, and a lower --base-lr")  # fmt: skip
+        return ("collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does "
+                "each prediction meet the OTHER view? Then App. A's augmentations, and a lower --base-lr")  # fmt: skip
     if loss > -0.2 and progress >= 0.2:
-        return "not learning, which is not collapse (the loss stays near 0): try a lower --base-lr, or --warmup-epochs"
+        return "not learning, which is not collapse (the loss stays near 0): a lower --base-lr, or --warmup-epochs"
     return ""
 
 
@@ -961,14 +979,14 @@ def catch_signals() -> Callable[[], int]:
 
 
 def set_handlers(handlers: dict[int, Any]) -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere, as in a notebook's thread, it can't be done
+    if threading.current_thread() is threading.main_thread():  # elsewhere, as in some notebooks, it can't be
         for number, handler in handlers.items():
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
                 signal.signal(number, handler)
 
 
 def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
-    """A function that writes one epoch's numbers. Rows of OUT/metrics.jsonl later than `step` are dropped."""
+    """A function that writes one epoch's numbers. Rows of metrics.jsonl later than `step` are dropped."""
     path, writer = out / "metrics.jsonl", None
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -996,16 +1014,17 @@ def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str,
 
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSiam:
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
-    device, out, chief = setup_distributed(args.device), Path(args.out), process()[0] == 0  # the chief alone writes
+    device, out = setup_distributed(args.device), Path(args.out)
+    chief = process()[0] == 0  # which alone writes
     args.device = str(device)
     images, test = load_data(args)
     if len(images) < args.batch_size:
-        stop(f"--batch-size {args.batch_size} is more than the {len(images)} images of {args.data}: take a smaller one")
+        stop(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
     trainer = Trainer(args, len(images), device)
     if args.benchmark:
         benchmark(trainer, images, test)
         return trainer.model
-    lock = claim(out) if chief else None  # noqa: F841: held until the end
+    lock = claim(out) if chief else None  # noqa: F841 (held until the end)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     if len(set(gather(trainer.step))) > 1:
@@ -1015,18 +1034,19 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
     began = time.time() - trainer.seconds
     save = partial(save_checkpoint, trainer, out / "checkpoint.pt", began)
     say(
-        f"{args.data}: {len(images)} images, {trainer.steps} steps of {args.batch_size} on {trainer.world} x {device.type}, "
-        f"{trainer.amp or torch.float32}; lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; into {out}\n"
+        f"{args.data}: {len(images)} images, {trainer.steps} steps of {args.batch_size}; "
+        f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; {trainer}; into {out}\n"
         f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: k=200, T=0.2"
         + ("" if images.labels is not None else "; no labels, so no kNN")
     )
     if trainer.step == 0:
         save()  # now there is always something to resume, and a full disk shows at once
         if chief:
-            save_views(images, next(schedule(len(images), args.batch_size, args.seed, range(1))), args, out / "views.png")
+            first = next(schedule(len(images), args.batch_size, args.seed, range(1)))
+            save_views(images, first, args, out / "views.png")
         rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn=args.knn_every > 0)
         say(f"untrained: rank {rank:.1f}" + ("" if knn is None else f"  kNN {knn:.1%}"))
-    report = partial(report_epoch, trainer, images, test, open_metrics(out, trainer.step, args.tensorboard) if chief else None)
+    write = open_metrics(out, trainer.step, args.tensorboard) if chief else lambda row: None
     signalled, terminal = catch_signals(), chief and sys.stdout.isatty()
     trainer.model.train()
     since = time.time(), trainer.step
@@ -1042,7 +1062,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
         if position == 0 or signal_number:
             trainer.check(trainer.model.parameters())
         if position == 0:
-            report(epoch, since, time.time() - began)
+            report_epoch(trainer, images, test, write, since, time.time() - began)
         if signal_number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
             save()
         if position == 0:
@@ -1062,23 +1082,28 @@ def save_checkpoint(trainer: Trainer, path: Path, began: float) -> None:
 
 
 def report_epoch(
-    trainer: Trainer, images: Images, test: Images | None, write: Callable | None, epoch: int, since: tuple[float, int], seconds: float
+    trainer: Trainer,
+    images: Images,
+    test: Images | None,
+    write: Callable[[dict[str, Any]], None],
+    since: tuple[float, int],
+    seconds: float,
 ) -> None:
     """Measures, prints and records one epoch, and empties the sums for the next one."""
-    args, done = trainer.args, trainer.step / trainer.steps
+    args, done, epoch = trainer.args, trainer.step / trainer.steps, trainer.step // trainer.per_epoch
     rate = (trainer.step - since[1]) * args.batch_size / (time.time() - since[0])
     loss, spread_ = (sum(gather((trainer.sums / trainer.per_epoch).cpu())) / trainer.world).tolist()
     knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
     rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn_now)
     lr = trainer.optimizer.param_groups[0]["lr"]
     row = dict(epoch=epoch, step=trainer.step, loss=loss, spread=spread_, rank=rank, knn=knn, lr=lr)
-    if write:
-        write(row | dict(images_per_second=rate, seconds=seconds))
+    write(row | dict(images_per_second=rate, seconds=seconds))
     say(
         f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank:5.1f}  "
-        f"lr {lr:.4f}  {rate:5.0f} images/s  {seconds / done - seconds:.0f} s left" + ("" if knn is None else f"  kNN {knn:.1%}")
+        f"lr {lr:.4f}  {rate:5.0f} images/s  {seconds / done - seconds:.0f} s left"
+        + ("" if knn is None else f"  kNN {knn:.1%}")
     )
-    if text := advice(loss, spread_, done):
+    if args.similarity == "cosine" and (text := advice(loss, spread_, done)):
         say(f"warning: {text}", sys.stderr)
     trainer.sums.zero_()
 
@@ -1111,9 +1136,10 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
     else:
         import resource  # Unix has it
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     say(
-        f"{args.data}, {args.arch}, batch {args.batch_size}, {trainer.world} x {device.type}, {trainer.amp or torch.float32}: "
+        f"{args.data}, {args.arch}, batch {args.batch_size}, {trainer}: "
         f"{args.batch_size / step:.1f} images/s, {1000 * step:.1f} ms a step, peak memory {peak:.0f} MiB\n"
         + "  ".join(f"{phase} {seconds / sum(shares.values()):.1%}" for phase, seconds in shares.items())
     )
@@ -1137,7 +1163,7 @@ def one_line_errors(status: int) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole command, for a shell, a notebook or a test. Raises SystemExit on a mistake and on a signal."""
+    """The whole command, for a shell, a notebook or a test. SystemExit on a mistake and on a signal."""
     with one_line_errors(2):
         args, checkpoint = get_args(argv)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
