@@ -187,14 +187,17 @@ def crops(images: Images, requests: Iterable[tuple[str, Tensor]], args: argparse
         yield normalize(x, args)
 
 
-def fit(model: nn.Module, batches: Iterable[Tensor], targets: Iterable[Tensor], steps: int, peak: float) -> None:
-    """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A, linear evaluation)."""
+def fit(
+    model: nn.Module, batches: Iterable[Tensor], targets: Iterable[Tensor], steps: int, peak: float, clip: float
+) -> None:
+    """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A's alternative to LARS)."""
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=peak, momentum=0.9)
     for step, (batch, target) in enumerate(zip(batches, targets)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=0)
         loss = F.cross_entropy(model(batch), target)
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
 
 
@@ -204,6 +207,7 @@ def probe(
     """Linear probe or fine-tuning, as args.task says: a line with the result."""
     tuning = args.task == "finetune"
     batch = args.batch_size or (64 if tuning else 256)
+    scratch = args.checkpoint == "random"
     base_lr = (0.1 if tuning else 30 if args.official else 1) if args.base_lr is None else args.base_lr
     classes, positions = train.labels.unique(return_inverse=True)  # any labels, not just 0 to C - 1
     # Fewer labels than a batch: each image several times, in other crops.
@@ -213,26 +217,36 @@ def probe(
     def requests() -> Iterable[tuple[str, Tensor]]:
         return ((key, rows[i]) for key, i in schedule(len(rows), batch, args.seed, range(steps)))
 
+    def train_on(batches: Iterable[Tensor], model: nn.Module, base_lr: float, clip: float = math.inf) -> None:
+        targets = (positions[i].to(args.device) for _, i in requests())
+        fit(model, batches, targets, steps, base_lr * batch / 256, clip)
+
     torch.manual_seed(args.seed)
-    head = nn.Linear(bank.shape[1], len(classes)).to(args.device)
-    head.weight.data.normal_(0, 0.01), head.bias.data.zero_()  # as the authors' probe begins
+    linear = nn.Linear(bank.shape[1], len(classes))
+    linear.weight.data.normal_(0, 0.01), linear.bias.data.zero_()  # as the authors' probe begins
+    # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks: an
+    # untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
+    standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()
+    var, standardize.running_mean = (x.cpu() for x in torch.var_mean(bank, dim=0, correction=0))
+    standardize.running_var = var.clamp_min(var.mean() / 100)  # of a channel that only the test set uses
+    head = nn.Sequential(standardize, linear).to(args.device)
+    cached = (bank[i] for _, i in requests())
     model, how = head, "features computed once, standardized"
     if tuning:
-        model, how = nn.Sequential(backbone.requires_grad_(True), head).train(), "all weights"
-        batches = crops(train, requests(), args)
+        # First the head alone: the gradients of an untrained one would ruin the backbone. BN keeps the statistics
+        # of the pretraining, for those of ten labelled images are worse; an untrained network has none to keep.
+        train_on(cached, head, 1)
+        model, how = nn.Sequential(backbone.requires_grad_(True), head), "all weights"
+        model.train(scratch)
+        # Clipped, for the pretraining leaves weights so small that a usual lr would be far too large for them.
+        train_on(crops(train, requests(), args), model, base_lr, clip=1)
     elif args.official:
-        how = "crops and flips"
-        with torch.no_grad():
-            batches = (backbone(x) for x in crops(train, requests(), args))
+        model, how = linear.to(args.device), "crops and flips"
+        train_on((backbone(x) for x in crops(train, requests(), args)), model, base_lr)
     else:
-        # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks:
-        # an untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
-        std, mean = torch.std_mean(bank, dim=0, correction=0)
-        features, bank = ((x - mean) / std.clamp_min(1e-8) for x in (features, bank))
-        batches = (bank[i] for _, i in requests())
-    fit(model, batches, (positions[i].to(args.device) for _, i in requests()), steps, base_lr * batch / 256)
+        train_on(cached, head, base_lr)
     with torch.no_grad():
-        logits = extract_features(model, test, args) if tuning else head(features)
+        logits = extract_features(model, test, args) if tuning else model.eval()(features)
     correct = (classes[logits.argmax(dim=1).cpu()] == test.labels).sum().item()
     recipe = f"SGD, lr {base_lr:g} * {batch} / 256, {args.epochs} epochs of {steps // args.epochs} steps"
     return f"{args.task} ({how}; {recipe}): top-1 {correct / len(test):.2%} ({correct} of {len(test)})"

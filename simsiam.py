@@ -50,7 +50,7 @@ def unit(x: Tensor) -> Tensor:
     """Rows of x, (..., d), divided by their length. Computed and returned in float32 at least.
 
     A zero row stays zero, and its gradient stays finite. Never returns float16 or bfloat16: their
-    8 or 11 bits of precision are not enough for a cosine near 1, which is where training lives.
+    11 or 8 bits of precision are not enough for a cosine near 1, which is where training lives.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Dividing by the largest entry first keeps the sum of squares from overflow (float32 ends at 3e38,
@@ -63,15 +63,15 @@ def unit(x: Tensor) -> Tensor:
 
 
 def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosine") -> Tensor:
-    """Negative cosine similarity of p and z, both (N, d), averaged over N: a float32 scalar in [-1, 1].
+    """Negative cosine similarity of p and z, both (N, d), averaged over N: a scalar in [-1, 1].
 
     Eq. 1, with the stop-gradient of Eq. 3 on z. The minimum is -1, so a negative loss is right.
-    similarity="cross-entropy" is the variant of Sec. 4.5, in [0, inf).
+    Computed in float32 at least, whatever comes in. similarity="cross-entropy", in [0, inf): Sec. 4.5.
     """
     # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
     # the encoder through p only. Take the detach away and both sides move towards each other; the
-    # fastest way to meet is to map every image to one vector. The loss is then -1 within the first
-    # epoch and the features are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without
+    # fastest way to meet is to map every image to one vector. The loss is soon -1
+    # and the features are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without
     # (Fig. 2). Nothing else here prevents it: no negatives, no momentum encoder, no large batch.
     # Why it works is argued in Sec. 5: like k-means or EM, training alternates between two unknowns,
     # the weights and one target vector an image, and each step holds the other one fixed. That
@@ -81,7 +81,8 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
     if similarity == "cross-entropy":
         # The d channels taken as d classes, z saying how likely each is. It works too, at 63.2 %, so it is
         # not the cosine that prevents collapse (Sec. 4.5).
-        return -(z.float().softmax(dim=-1) * p.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+        p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p, z))
+        return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
     # In terms of unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
     return -(unit(p) * unit(z)).sum(dim=-1).mean()
 
@@ -89,7 +90,7 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
 def simsiam_loss(
     p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True, **options: bool | str
 ) -> Tensor:
-    """The symmetrized loss of Eq. 4: a float32 scalar in [-1, 1]. p1, p2, z1, z2 are all (N, d).
+    """The symmetrized loss of Eq. 4: a scalar in [-1, 1]. p1, p2, z1, z2 are all (N, d).
 
     Note the crossing: the prediction from view 1 meets the projection of view 2. D(p1, z1) would
     compare a view with itself, h could learn the identity, and the loss would fall for no reason.
@@ -139,7 +140,7 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
         return convnet(width), 8 * width
 
     # zero_init_residual: the last BN of each block starts at 0, so each block starts as the identity
-    # (App. A). The authors call it quite important for stability.
+    # (App. A). It matters for stability, the authors say in issue 28 of their repository.
     net = models.get_model(arch, weights=None, zero_init_residual=True)
     if stem == "cifar":
         # The ImageNet stem, 7x7 with stride 2 and then a max-pool, leaves 8x8 of 32x32 pixels before the
@@ -255,7 +256,7 @@ def spread(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N, D).
+    """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N - 1, D).
 
     The exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007), taken
     around the mean. Spread can look healthy while half of the dimensions are dead, which is called
@@ -279,8 +280,8 @@ def knn_predict(
     """Labels, (N,), of features (N, D), voted by their nearest neighbours in bank (M, D).
 
     Each of the k nearest by cosine votes for its label with weight exp(cosine / temperature), as in
-    InstDisc (Wu et al., 2018), with k = 200 and T = 0.2 as the authors of SimSiam use it. Take the
-    backbone's features, not z, and the whole training set as the bank; say k and T beside the number.
+    InstDisc (Wu et al., 2018); k = 200 and T = 0.2 are not in the paper, but named by its authors (issue
+    10 of their repository). Take the backbone's features, not z, and the whole training set as the bank.
     bank_labels (M,) may be any integers. A k larger than the bank means all of it.
     """
     # Any set of labels, {3, 7, -1} too: vote on positions in `classes`, then translate back.

@@ -265,8 +265,10 @@ def test_an_unknown_backbone_is_refused():
 def test_views_are_encoded_one_after_the_other_so_that_each_has_its_own_BN_statistics():
     model = SimSiam(*build_backbone("convnet", width=2), dim=16, hidden=16)
     x1, x2 = torch.rand(4, 3, 32, 32), 3 * torch.rand(4, 3, 32, 32)
-    _, _, z1, z2 = model(x1, x2)
-    torch.testing.assert_close(z1, model.projector(model.backbone(x1)))
+    p1, p2, z1, z2 = model(x1, x2)
+    for x, z, p in ((x1, z1, p1), (x2, z2, p2)):
+        torch.testing.assert_close(z, model.projector(model.backbone(x)))
+        torch.testing.assert_close(p, model.predictor(z))
     assert not torch.allclose(z1, model.projector(model.backbone(torch.cat([x1, x2])))[:4], atol=0.1)
     for z in (z1, z2):  # the output BN centres each view's batch by itself
         torch.testing.assert_close(z.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
@@ -886,7 +888,7 @@ def test_the_linear_probe_separates_what_is_separable():
     features = torch.eye(4).repeat(30, 1) + 0.1 * torch.randn(120, 4)
     labels = torch.tensor([3, 9, 27, -1]).repeat(30)  # any labels
     images = train.Images(torch.zeros(120, 3, 8, 8, dtype=torch.uint8), labels)
-    args = types.SimpleNamespace(task="linear", batch_size=None, base_lr=None, seed=0, epochs=20, official=False, device="cpu")
+    args = types.SimpleNamespace(checkpoint="random", task="linear", batch_size=None, base_lr=None, seed=0, epochs=20, official=False, device="cpu")
     assert "100.00%" in evaluation.probe(nn.Flatten(), images, images, features, features, args)
 
 

@@ -1,6 +1,6 @@
 """Pretrain SimSiam, on a laptop's CPU, one GPU or many.
 
-    python train.py                                 # textures, built in: about a minute on two CPU cores
+    python train.py                                 # textures, built in: about two minutes on two CPU cores
     python train.py --no-stop-gradient              # without the stop-gradient: watch it collapse
     python train.py cifar10                         # App. D, for one GPU
     torchrun --nproc_per_node=8 train.py PHOTOS     # a folder of images, the ImageNet recipe, eight GPUs
@@ -73,7 +73,7 @@ COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
-ONLY_GIVEN = ["resume", "export", "compile", "tensorboard"]  # of these, a checkpoint's values do not count
+ONLY_GIVEN = ["resume", "export", "compile", "tensorboard", "device"]  # of these, a checkpoint's values do not count
 MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", "device", "workers"]
 
 
@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--asymmetric", **switch, help="predict one way only (Sec. 4.6)")
     flag("--pairs", type=number(int, 1, 16), help="of views an image; 2: the asymmetric 2x of Sec. 4.6")
     flag("--alternate", type=number(int, 1, 10**6), help="steps that share target weights (Sec. 5.2)")
-    flag("--eta-momentum", type=number(float, 0, 0.999), help="of targets, over epochs (Sec. 5.2: 0.8)")
+    flag("--eta-momentum", type=number(float, 0, 0.999), help="of targets (Sec. 5.2: 0.8, without h)")
     # system
     flag("--knn-every", type=number(int, 0, 10**6), help="epochs between kNN evaluations; 0: none")
     flag("--save-every", type=number(int, 1, 10**6), help="epochs between checkpoints (default: 1)")
@@ -492,7 +492,7 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
 
 
 def seed_of(*parts: Any) -> int:
-    """32 bits, which is all that the CPU's generator takes, from anything that prints."""
+    """32 bits, which is all that the CPU's generator uses, from anything that prints."""
     return zlib.crc32(repr(parts).encode())
 
 
@@ -535,7 +535,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """top, left, height, width, each (N,), distributed as in torchvision's RandomResizedCrop."""
+    """top, left, height, width, each (N,), as RandomResizedCrop draws them, but for its fallback."""
     area = height * width * torch.empty(n, 10).uniform_(crop_min, 1)
     ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -566,7 +566,7 @@ def separable(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
 
 
 def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
-    """RandomResizedCrop, and a flip of every other image: (N, 3, size, size)."""
+    """RandomResizedCrop, then a flip with probability 1/2: (N, 3, size, size)."""
     n, _, height, width = x.shape
     top, left, h, w = crop_boxes(n, height, width, crop_min)
     columns = resize_matrix(left, w, width, size)
@@ -682,9 +682,10 @@ class Targets(nn.Module):
         super().__init__()
         self.every, self.momentum = args.alternate, args.eta_momentum
         # k-step alternation: the targets of k steps come from the weights before the first of them. (The
-        # paper computes them ahead and keeps them. To keep the weights comes to the same.)
+        # paper computes them ahead and keeps them. To keep the weights gives the same ones.)
         self.model = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
-        # In place of the expectation over augmentations, a running average over an image's visits.
+        # In place of the expectation over augmentations, a running average over an image's visits. It starts
+        # at zero, which scales the first target, and D does not see scale.
         self.register_buffer("eta", torch.zeros(n, args.dim) if self.momentum else None)
 
     def forward(
@@ -722,7 +723,8 @@ class Trainer:
         # `model` stays the bare model, and that is what is saved: no "module." in its keys.
         self.model = model.to(device, memory_format=torch.channels_last)
         self.targets = Targets(self.model, n, args).to(device)
-        # Two groups, for the encoder's lr decays and the predictor's is constant (Table 1c).
+        # Two groups: the encoder's lr decays, the predictor's is constant (Table 1c), without warmup too, which is
+        # not in the paper (the authors, in issue 11 of their repository).
         encoder = [*self.model.backbone.parameters(), *self.model.projector.parameters()]
         groups = [dict(params=encoder, constant=False)]
         if predictor := list(self.model.predictor.parameters()):
@@ -882,7 +884,7 @@ def setup_distributed(device: str) -> torch.device:
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     store, rank, world = next(dist.rendezvous("env://"))
-    # torchrun keeps its store over a restart: in there are still the addresses of the processes that died.
+    # On a restart, torchrun 2.14's store was seen to hold the addresses of the processes that had died.
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device(device)
