@@ -842,14 +842,14 @@ def monitor(
     amp: torch.dtype | None,
     knn: bool,
 ) -> tuple[float, float | None]:
-    """Effective rank of 512 images' features; and kNN top-1 over all test images, a fraction, or None.
+    """Effective rank of 256 images' features; and kNN top-1 over all test images, a fraction, or None.
 
     The classifier is that of simsiam.py, on backbone features, with the whole training set as its bank.
     """
     for buffer in backbone.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # one network everywhere: without SyncBN the ranks' running means differ
     images = test or train
-    some = torch.linspace(0, len(images) - 1, min(512, len(images))).long()  # spread over all classes
+    some = torch.linspace(0, len(images) - 1, min(256, len(images))).long()  # spread over all classes
     if not knn or test is None or test.labels is None:
         return effective_rank(extract_features(backbone, images.subset(some), args, amp)).item(), None
     bank, features = (extract_features(backbone, images, args, amp) for images in (train, test))
@@ -1111,8 +1111,8 @@ def report_epoch(
 
 
 def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
-    """Times --benchmark steps after ten others, and says what share each part of a step takes."""
-    args, device, spent, last, warm = trainer.args, trainer.device, {}, time.perf_counter(), 10
+    """Times --benchmark steps after three others, and says what share each part of a step takes."""
+    args, device, spent, last, warm = trainer.args, trainer.device, {}, time.perf_counter(), 3
 
     def mark(phase: str) -> None:
         nonlocal last
@@ -1128,10 +1128,10 @@ def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
         if trainer.step == warm:
             spent.clear()
     step = sum(spent.values()) / args.benchmark
-    for knn in (False, True):  # of an epoch, spread over its steps
+    for knn in (False, True) if args.knn_every else (False,):  # of an epoch, spread over its steps
         monitor(trainer.model.backbone, images, test, args, trainer.amp, knn)
         mark("kNN" if knn else "rank")
-    often = dict(rank=1 / trainer.per_epoch, kNN=1 / trainer.per_epoch / args.knn_every if args.knn_every else 0)
+    often = dict(rank=1 / trainer.per_epoch, kNN=1 / trainer.per_epoch / max(1, args.knn_every))
     shares = {phase: seconds * often.get(phase, 1 / args.benchmark) for phase, seconds in spent.items()}
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
