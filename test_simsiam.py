@@ -38,7 +38,6 @@ from simsiam import (
     knn_predict,
     simsiam_loss,
     spread,
-    unit,
 )
 
 HERE = Path(__file__).parent
@@ -1143,9 +1142,15 @@ def test_two_runs_in_one_folder_the_second_refuses(small_textures, capsys):
     assert run("-c", code, HERE).returncode == 0
 
 
+def heed_signals():
+    for number in train.SIGNALS:  # a shell's background job is started with SIGINT ignored, and we respect that
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*argv, **kwargs):
-    env, pipe = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, subprocess.PIPE
-    return subprocess.Popen([sys.executable, *map(str, argv)], stdout=pipe, stderr=pipe, text=True, env=env, **kwargs)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    kwargs |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed_signals)
+    return subprocess.Popen([sys.executable, *map(str, argv)], **kwargs)
 
 
 def wait_for(process, word):
