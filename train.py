@@ -72,9 +72,10 @@ RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-m
 COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Flags that count only where they are given: what a checkpoint says of them does not.
+ONLY_GIVEN = ["resume", "export", "compile", "tensorboard", "device"]
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
-ONLY_GIVEN = ["resume", "export", "compile", "tensorboard", "device"]  # of these, a checkpoint's values do not count
-MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", "device", "workers"]
+MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", "workers"]
 
 
 def process() -> tuple[int, int]:
