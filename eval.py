@@ -6,9 +6,9 @@
     python eval.py pixels knn --data fashion-mnist          # no network at all
 
 CHECKPOINT is a file of train.py (checkpoint.pt or --export's) or one of those that the authors of SimSiam
-released, or one of the words "random" and "pixels". Features are the backbone's, in eval mode, frozen: a probe
-that leaves BatchNorm in training mode changes the network that it measures. Every test image counts, and what
-is reported is the last epoch: the best one on the test set would be chosen with the test set.
+released, or one of the words "random" and "pixels". Features are the backbone's, in eval mode, frozen: a
+probe that leaves BatchNorm in training mode changes the network that it measures. Every test image counts,
+and the last epoch is reported: the best one on the test set would be chosen with the test set.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from train import (
     IMAGENET,
     RECIPES,
     Images,
-    best_device,
     check_device,
     check_new_file,
     command_line,
     crop_and_flip,
+    devices,
     export_backbone,
     extract_features,
     learning_rate,
@@ -58,20 +58,20 @@ FIXED = ("arch", "stem", "width", "mean", "std")
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line("Evaluate a backbone by kNN, linear probe or fine-tuning.")
     flag, switch, rate = parser.add_argument, dict(action="store_true"), number(float, 0, 10**4)
-    flag("checkpoint", metavar="CHECKPOINT", help="a file, or 'random' (an untrained network), or 'pixels' (none)")
+    flag("checkpoint", metavar="CHECKPOINT", help="a file, or 'random' (untrained), or 'pixels' (no network)")
     flag("task", nargs="?", choices=["knn", "linear", "finetune"], help="default: knn and linear")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
     flag("--data-dir", help="for downloaded data sets (default: data)")
-    flag("--holdout", action="store_true", default=None, help="test on a tenth of the training set kept apart")
+    flag("--holdout", action="store_true", default=None, help="test on a tenth of the training set")
     flag("--labels-per-class", type=number(int, 1, 10**6), metavar="N", help="use so many of the labels only")
-    flag("--seed", type=number(int, 0, 2**63 - 1), help="of the labels drawn, the probe and 'random' (default: 0)")
+    flag("--seed", type=number(int, 0, 2**63 - 1), help="of labels, probe and 'random' (default: 0)")
     flag("--k", type=number(int, 1, 10**6), default=200, help="neighbours (default: 200)")
     flag("--temperature", type=number(float, 0.001, 100), default=0.2, help="of their votes (default: 0.2)")
-    flag("--official", **switch, help="linear: crop and flip the images anew each epoch, as the authors do")
+    flag("--official", **switch, help="linear: crop and flip anew each epoch, as the authors (SGD, no LARS)")
     flag("--epochs", type=number(int, 1, 10**5), default=90, help="of linear and finetune (default: 90)")
     flag("--batch-size", type=number(int, 2, 10**6), help="default: linear 256, finetune 64")
     flag("--base-lr", type=rate, help="for a batch of 256 (default: linear 1, --official 30, finetune 0.1)")
-    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; the authors': 0.08)")
+    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; authors: 0.08)")
     # for files that do not say it, and for 'random'
     flag("--arch")
     flag("--stem", choices=["imagenet", "cifar"])
@@ -109,7 +109,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, seed=0, workers=4, labels_per_class=None, task=None,
         features=None, export=None, batch_size=None, base_lr=None,
-        device=best_device(),
+        device=devices()[0],
     )  # fmt: skip
     # The run's own seed, device and the like are not the evaluation's.
     kept = "data data_dir image_size crop_min".split()
@@ -130,8 +130,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 def backbone_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     """The backbone's part of any of the formats, under torchvision's names.
 
-    train.py: {"model": backbone.*, projector.*, predictor.*}; the authors': {"state_dict": module.encoder.* with
-    the projector as encoder.fc.*, module.predictor.*}; an export: the names themselves.
+    train.py: {"model": backbone.*, projector.*, predictor.*}; the authors': {"state_dict": module.encoder.*
+    with the projector as encoder.fc.*, module.predictor.*}; an export: the names themselves.
     """
     weights = content.get("model", content.get("state_dict", content))
     found = {}
@@ -143,7 +143,7 @@ def backbone_weights(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Module:
-    """In eval mode, with frozen weights. Strict: every tensor comes from the file, and all of the file's fit."""
+    """In eval mode, frozen. Strict: every tensor comes from the file, and all of the file's fit."""
     if args.checkpoint == "pixels":
         return nn.Flatten(1)
     torch.manual_seed(args.seed)
@@ -178,7 +178,9 @@ def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def crops(images: Images, requests: Iterable[tuple[str, Tensor]], args: argparse.Namespace) -> Iterable[Tensor]:
+def crops(
+    images: Images, requests: Iterable[tuple[str, Tensor]], args: argparse.Namespace
+) -> Iterable[Tensor]:
     """Batches of randomly cropped and flipped images, normalized: the augmentation of supervised training."""
     for batch in load(images, requests, args.workers):
         x = batch.to(args.device, non_blocking=True).float() / 255
@@ -188,7 +190,12 @@ def crops(images: Images, requests: Iterable[tuple[str, Tensor]], args: argparse
 
 
 def fit(
-    model: nn.Module, batches: Iterable[Tensor], targets: Iterable[Tensor], steps: int, peak: float, clip: float
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    targets: Iterable[Tensor],
+    steps: int,
+    peak: float,
+    clip: float,
 ) -> None:
     """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A's alternative to LARS)."""
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=peak, momentum=0.9)
@@ -224,8 +231,8 @@ def probe(
     torch.manual_seed(args.seed)
     linear = nn.Linear(bank.shape[1], len(classes))
     linear.weight.data.normal_(0, 0.01), linear.bias.data.zero_()  # as the authors' probe begins
-    # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks: an
-    # untrained one's features are hundreds of times smaller, and at the official lr its probe hardly moves.
+    # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks:
+    # an untrained one's features are hundreds of times smaller, and at lr 30 its probe would hardly move.
     standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()
     var, standardize.running_mean = (x.cpu() for x in torch.var_mean(bank, dim=0, correction=0))
     standardize.running_var = var.clamp_min(var.mean() / 100)  # of a channel that only the test set uses
@@ -233,12 +240,12 @@ def probe(
     cached = (bank[i] for _, i in requests())
     model, how = head, "features computed once, standardized"
     if tuning:
-        # First the head alone: the gradients of an untrained one would ruin the backbone. BN keeps the statistics
-        # of the pretraining, for those of ten labelled images are worse; an untrained network has none to keep.
+        # First the head alone: the gradients of an untrained one would ruin the backbone. BN keeps the
+        # statistics of the pretraining, for ten labelled images give worse; an untrained network has none.
         train_on(cached, head, 1)
         model, how = nn.Sequential(backbone.requires_grad_(True), head), "all weights"
         model.train(scratch)
-        # Clipped, for the pretraining leaves weights so small that a usual lr would be far too large for them.
+        # Clipped, for pretraining leaves weights so small that a usual lr would be far too large for them.
         train_on(crops(train, requests(), args), model, base_lr, clip=1)
     elif args.official:
         model, how = linear.to(args.device), "crops and flips"
@@ -280,8 +287,8 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     bank, features = (extract_features(backbone, images, args) for images in (train, test))
     if args.features:
         both = dict(train=(bank, train.labels), test=(features, test.labels))
-        content = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in both.items()}
-        replace_file(Path(args.features), lambda file: torch.save(content, file))
+        written = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in both.items()}
+        replace_file(Path(args.features), written)
     n, d = bank.shape
     print(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

@@ -72,6 +72,10 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def rows(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -452,10 +456,10 @@ FOLDER = "--arch convnet --width 2 --dim 16 --hidden 16 --image-size 16 --batch-
 
 def test_a_folder_with_classes_trains_and_one_without_is_not_asked_for_kNN(tmp_path, capsys):
     train.main([str(write_folder(tmp_path / "photos")), "--knn-every", "1", *FOLDER])
-    assert json.loads(Path("runs/photos/metrics.jsonl").read_text())["knn"] is not None
+    assert rows("runs/photos")[0]["knn"] is not None
     train.main([str(write_folder(tmp_path / "plain", parts=["."])), *FOLDER])
     assert "no labels, so no kNN" in capsys.readouterr().out
-    assert json.loads(Path("runs/plain/metrics.jsonl").read_text())["knn"] is None
+    assert rows("runs/plain")[0]["knn"] is None
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path):
@@ -642,14 +646,13 @@ def test_learning_rate_starts_at_the_peak_halves_in_the_middle_and_ends_above_ze
 
 def trainer(*flags):
     args, _ = train.get_args([*TINY, *flags])
-    images, test = train.load_data(args)
-    return train.Trainer(args, len(images), torch.device("cpu")), images, test
+    return train.Trainer(args, *train.load_data(args), torch.device("cpu"))
 
 
 def test_lr_is_scaled_by_the_total_batch_and_the_predictors_is_constant(small_textures):
     for flags, constant in (([], True), (["--decay-predictor-lr"], False)):
-        t, images, _ = trainer("--base-lr", "0.4", "--batch-size", "100", *flags)
-        for batch, indices in t.batches(images, range(t.steps - 1)):
+        t = trainer("--base-lr", "0.4", "--batch-size", "100", *flags)
+        for batch, indices in t.batches(range(t.steps - 1)):
             t.update(batch, indices)
         encoder, predictor = (group["lr"] for group in t.optimizer.param_groups)
         assert t.peak == pytest.approx(0.4 * 100 / 256)
@@ -657,15 +660,15 @@ def test_lr_is_scaled_by_the_total_batch_and_the_predictors_is_constant(small_te
 
 
 def test_weight_decay_is_on_every_parameter(small_textures):
-    t, _, _ = trainer()
+    t = trainer()
     held = {id(w) for group in t.optimizer.param_groups for w in group["params"] if group["weight_decay"] == 5e-4}
     assert held == {id(w) for w in t.model.parameters()}
 
 
 def test_a_step_is_plain_SGD_on_the_loss_of_two_views(small_textures):
-    t, images, _ = trainer()
-    twin, _, _ = trainer()
-    batch, indices = next(iter(t.batches(images, range(1))))
+    t = trainer()
+    twin = trainer()
+    batch, indices = next(iter(t.batches(range(1))))
     t.update(batch, indices)
     torch.manual_seed(train.seed_of(0, 0, 0))
     p1, p2, z1, z2 = twin.model(*train.two_views(batch, t.args))
@@ -680,8 +683,8 @@ def short_run(*flags):
     args, _ = train.get_args([*recipe.split(), *flags])
     images, labels = train.textures(1000, seed=0)
     args.mean, args.std = [0.5] * 3, [0.25] * 3
-    t = train.Trainer(args, 1000, torch.device("cpu"))
-    for batch, indices in t.batches(train.Images(images, labels), range(t.steps)):
+    t = train.Trainer(args, train.Images(images, labels), None, torch.device("cpu"))
+    for batch, indices in t.batches(range(t.steps)):
         if t.step % t.per_epoch == 0:
             t.sums.zero_()
         t.update(batch, indices)
@@ -717,19 +720,19 @@ def test_advice_tells_collapse_from_divergence():
 
 def test_one_step_alternation_is_simsiam_and_k_steps_hold_the_targets(small_textures):
     """Sec. 5.2."""
-    t, images, _ = trainer("--alternate", "2", "--batch-size", "100")
-    for batch, indices in t.batches(images, range(3)):
+    t = trainer("--alternate", "2", "--batch-size", "100")
+    for batch, indices in t.batches(range(3)):
         before = {k: v.clone() for k, v in t.model.named_parameters()}
         t.update(batch, indices)
         held = dict(t.targets.model.named_parameters())
         fresh = t.step in (1, 3)  # the first of every two
         assert all(torch.equal(held[k], before[k]) for k in before) == fresh
-    assert trainer("--alternate", "1")[0].targets.model is None
+    assert trainer("--alternate", "1").targets.model is None
 
 
 def test_eta_is_the_moving_average_of_an_images_projections(small_textures):
     """Sec. 5.2: eta <- m eta + (1 - m) z."""
-    t, images, _ = trainer("--eta-momentum", "0.8", "--predictor", "none")
+    t = trainer("--eta-momentum", "0.8", "--predictor", "none")
     z1, z2 = torch.randn(2, 3, 16)
     t.targets.eta[:3] = old = torch.randn(3, 16)
     t1, t2 = t.targets(0, torch.arange(3), t.model, None, None, z1, z2)
@@ -739,10 +742,10 @@ def test_eta_is_the_moving_average_of_an_images_projections(small_textures):
 
 def test_training_reports_what_it_measures(small_textures, capsys):
     train.main([*TINY, "--knn-every", "1", "--batch-size", "100", "--export", "backbone.pt"])
-    rows = [json.loads(line) for line in Path("runs/textures/metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["step"] == 10
-    assert list(rows[0]) == "epoch step loss spread rank knn lr images_per_second seconds".split()
-    assert all(-1 <= row["loss"] <= 1 and 0 <= row["knn"] <= 1 for row in rows)
+    first, second = rows("runs/textures")
+    assert list(first) == "epoch step loss spread rank knn lr images_per_second seconds".split()
+    assert (first["epoch"], second["epoch"], second["step"]) == (1, 2, 10)
+    assert all(-1 <= row["loss"] <= 1 and 0 <= row["knn"] <= 1 for row in (first, second))
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 5 and "\r" not in out and "\033" not in out  # in a pipe, plain lines
     with Image.open("runs/textures/views.png") as picture:
@@ -754,8 +757,8 @@ def test_training_reports_what_it_measures(small_textures, capsys):
 
 
 def test_the_reported_kNN_counts_every_test_image(small_textures):
-    t, images, test = trainer("--batch-size", "100")
-    _, knn = train.monitor(t.model.backbone, images, test, t.args, None, knn=True)
+    t = trainer("--batch-size", "100")
+    images, test, (_, knn) = t.images, t.test, t.monitor(knn=True)
     t.model.backbone.eval()
     with torch.no_grad():
         bank, queries = (t.model.backbone(train.normalize(d.source / 255, t.args)) for d in (images, test))
@@ -788,15 +791,15 @@ def test_a_stop_in_the_middle_changes_no_bit(small_textures, monkeypatch, flags)
     monkeypatch.setattr(train.Trainer, "update", update)
     train.main(["--resume", "--out", "parts"])  # the flags are remembered
     assert same(weights("whole/checkpoint.pt"), weights("parts/checkpoint.pt"))
-    rows = [[json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()] for out in ("whole", "parts")]
-    assert [[row[k] for k in ("loss", "spread", "rank")] for row in rows[0]] == [[row[k] for k in ("loss", "spread", "rank")] for row in rows[1]]
+    whole, parts = ([(row["loss"], row["spread"], row["rank"]) for row in rows(out)] for out in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_amp_in_bf16_computes_the_same_step_to_its_precision(small_textures):
     sums = []
     for amp in ("off", "bf16"):
-        t, images, _ = trainer("--batch-size", "100", "--amp", amp)
-        t.update(*next(iter(t.batches(images, range(1)))))
+        t = trainer("--batch-size", "100", "--amp", amp)
+        t.update(*next(iter(t.batches(range(1)))))
         sums.append(t.sums.tolist())
         assert all(w.dtype == torch.float32 for w in t.model.parameters())
     assert sums[0] == pytest.approx(sums[1], abs=0.02) and sums[0] != sums[1]
@@ -810,8 +813,8 @@ args, _ = train.get_args({argv!r})
 train.setup_distributed("cpu")
 images = train.Images(*train.textures(500, seed=0))
 args.mean, args.std = [0.5] * 3, [0.25] * 3
-t = train.Trainer(args, 500, torch.device("cpu"))
-for step, (batch, indices) in enumerate(t.batches(images, range(3))):
+t = train.Trainer(args, images, None, torch.device("cpu"))
+for step, (batch, indices) in enumerate(t.batches(range(3))):
     t.update(batch, indices)
     if step == 0:
         first = [w.grad.clone() for w in t.model.parameters()]
@@ -829,13 +832,13 @@ def test_two_processes_take_the_mean_of_their_gradients_and_keep_the_same_weight
     # By hand: each half of the batch, with its rank's seed, through the same first weights.
     args, _ = train.get_args(argv)
     args.mean, args.std = [0.5] * 3, [0.25] * 3
-    images = train.textures(500, seed=0)[0]
+    images = train.Images(*train.textures(500, seed=0))
     gradients = []
     for rank in (0, 1):
-        model = train.Trainer(args, 500, torch.device("cpu")).model
+        model = train.Trainer(args, images, None, torch.device("cpu")).model
         _, indices = next(train.schedule(500, 100, 0, range(1), rank, 2))
         torch.manual_seed(train.seed_of(0, 0, rank))
-        simsiam_loss(*model(*train.two_views(images[indices], args))).backward()
+        simsiam_loss(*model(*train.two_views(images.source[indices], args))).backward()
         gradients.append([w.grad for w in model.parameters()])
     for got, x, y in zip(a["first"], *gradients):
         torch.testing.assert_close(got, (x + y) / 2, rtol=1e-3, atol=1e-6)
@@ -1109,7 +1112,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(pretrained, capsys, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr("builtins.open" if broken == "open" else f"os.{broken}", fail)
-        train.replace_file(Path(pretrained), lambda file: file.write(b"new"))
+        train.replace_file(Path(pretrained), {"new": 1})
     assert exit_.value.code == 1 and Path(pretrained).read_bytes() == before
     assert "No space left" in capsys.readouterr().err
     assert not list(Path("run").glob(".*.tmp"))
@@ -1176,14 +1179,11 @@ def test_a_signal_saves_says_where_and_exits_with_its_status(name):
 
 
 def test_nohup_is_respected_and_a_signal_to_the_whole_group_reaches_no_worker(tmp_path):
-    for number in (signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        train.set_handlers(dict.fromkeys(train.SIGNALS, lambda *_: None))
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM)}
+    with train.noted_signals():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        for number in train.SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     write_folder(tmp_path / "photos")
     process = start(HERE / "train.py", "photos", *FOLDER, "--workers", "1", "--epochs", "5000", "--knn-every", "0",
                     "--out", "run", start_new_session=True)  # fmt: skip
@@ -1207,7 +1207,7 @@ def test_a_damaged_line_of_metrics_does_not_stop_a_resume(small_textures):
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"epoch": 2 garbage}\n[]\n{"epoch"')
     train.main(["--resume", "--out", "run"])
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert [row["epoch"] for row in rows("run")] == [1, 2]
 
 
 def test_kill_9_at_any_moment_loses_no_bit(tmp_path):
@@ -1236,8 +1236,7 @@ def test_torchrun_trains_and_a_killed_rank_ends_all_and_resumes_by_itself():
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "epoch  12/12" in out and torch.load("run/checkpoint.pt", weights_only=True)["step"] == 120
-    rows = [json.loads(line)["epoch"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 13))
+    assert [row["epoch"] for row in rows("run")] == list(range(1, 13))
 
 
 def test_readme_names_no_flag_that_the_scripts_do_not_have():

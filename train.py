@@ -12,6 +12,7 @@ views.png. Every random number is a function of (seed, step, rank): that is what
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import importlib.util
@@ -22,7 +23,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -101,15 +101,11 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from low to high."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # fails both comparisons
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
+        if not low <= (value := kind(text)) <= high:  # nan neither
+            raise ValueError
         return value
 
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse says: invalid ... value
     return parse
 
 
@@ -123,6 +119,19 @@ def command_line(description: str, epilog: str = "") -> argparse.ArgumentParser:
     return parser
 
 
+def devices() -> list[str]:
+    """What --device may be here, the best first."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    return [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count())), "cpu"]
+
+
+def check_device(device: str) -> None:
+    if device not in devices():
+        stop(f"--device {device} is not to be had here: choose from {', '.join(devices())}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     recipes = (RECIPES | {"a folder": IMAGENET}).items()
     lines = [f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes]
@@ -131,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     # A default of None means "not given", so that the checkpoint's or the recipe's value can take its place.
     flag, switch = parser.add_argument, dict(action="store_true", default=None)
     size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
-    flag("data", nargs="?", metavar="DATA", help="textures (default), cifar10, cifar100, fashion-mnist, a folder")
+    flag("data", nargs="?", metavar="DATA", help=f"{', '.join(RECIPES)}, or a folder (default: textures)")
     flag("--data-dir", help="for downloaded data sets (default: data)")
     flag("--holdout", **switch, help="test on a tenth of the training set kept apart, not on the test set")
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
@@ -149,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--batch-size", type=number(int, 2, 10**6), help="TOTAL over all processes (Table 2)")
     flag("--base-lr", type=rate, help="for a batch of 256; lr = base lr * batch / 256 (Sec. 3)")
     flag("--weight-decay", type=rate, help="on all parameters, BN and biases too (App. A)")
-    flag("--warmup-epochs", type=number(int, 0, 10**6), help="default: 10 if the batch is 1024 or more (Table 2)")
+    flag("--warmup-epochs", type=number(int, 0, 10**6), help="default: 10 from batch 1024 on (Table 2)")
     flag("--decay-predictor-lr", **switch, help="cosine for h too (Table 1, baseline)")
     flag("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     # images and augmentation
@@ -197,10 +206,10 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     data = given.get("data", saved.get("data", "textures"))
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None,
-        decay_predictor_lr=False, no_stop_gradient=False, predictor="mlp", predictor_hidden=None, bn="default",
-        affine=False, similarity="cosine", asymmetric=False, pairs=1, alternate=1, eta_momentum=0.0,
-        save_every=1, amp="auto", compile=False, workers=4, tensorboard=False, benchmark=0,
-        device=best_device(),
+        decay_predictor_lr=False, no_stop_gradient=False, predictor="mlp", predictor_hidden=None,
+        bn="default", affine=False, similarity="cosine", asymmetric=False, pairs=1, alternate=1,
+        eta_momentum=0.0, save_every=1, amp="auto", compile=False, workers=4, tensorboard=False,
+        benchmark=0, device=devices()[0],
     )  # fmt: skip
     fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID"))
     args = argparse.Namespace(**(recipe | saved | given | fixed))
@@ -212,45 +221,36 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
 def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Stops on values that are each right by themselves, but not together or not here."""
-    world, kind = process()[1], check_device(args.device)
+    check_device(args.device)
+    world, kind = process()[1], args.device.split(":")[0]
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
     for wrong, message in (
-        (args.batch_size % world or args.batch_size < 2 * world, f"--batch-size {args.batch_size} is the total "
-         f"of {world} processes: take a multiple of {world}, two images each or more"),
-        (args.warmup_epochs >= args.epochs, f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
-         f"{args.epochs}: take fewer"),
-        (args.amp == "fp16" and kind != "cuda", f"--amp fp16 needs CUDA, and this is {kind}: choose bf16 or off"),
-        (args.compile and kind == "cpu" and not any(map(shutil.which, compilers)), "--compile needs a C++ "
-         "compiler here: install g++, or leave it out"),
-        (args.arch == "convnet" and "stem" in given, "--stem is for ResNets, and --arch is convnet: drop one"),
-        (args.arch != "convnet" and "width" in given, f"--width is convnet's, and --arch is {args.arch}: drop one"),
-        (("mean" in given) != ("std" in given), "--mean and --std go together: give both or none"),
-        (args.eta_momentum and (world > 1 or args.alternate > 1), "--eta-momentum works in one process, and without "
-         "--alternate: drop the other"),
-        (args.eta_momentum and args.pairs > 1, "--eta-momentum takes an image once a step: leave out --pairs"),
-        (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1), "--no-stop-gradient: the "
-         "targets of --alternate and --eta-momentum have no gradient that could be let through; drop one"),
-        (args.tensorboard and not importlib.util.find_spec("tensorboard"), "--tensorboard needs a package: "
-         "pip install tensorboard, or leave it out"),
-        (args.benchmark and {"out", "resume", "export"} & given.keys(), "--benchmark writes nothing: leave out "
-         "--out, --resume and --export"),
+        (args.batch_size % world or args.batch_size < 2 * world,
+         f"--batch-size {args.batch_size} is the total of {world} processes: take two or more for each"),
+        (args.warmup_epochs >= args.epochs,
+         f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: take fewer"),
+        (args.amp == "fp16" and kind != "cuda",
+         f"--amp fp16 needs CUDA, and this is {kind}: choose bf16 or off"),
+        (args.compile and kind == "cpu" and not any(map(shutil.which, compilers)),
+         "--compile needs a C++ compiler here: install g++, or leave it out"),
+        (args.arch == "convnet" and "stem" in given,
+         "--stem is for ResNets, and --arch is convnet: drop one"),
+        (args.arch != "convnet" and "width" in given,
+         f"--width is convnet's, and --arch is {args.arch}: drop one"),
+        (("mean" in given) != ("std" in given),
+         "--mean and --std go together: give both or none"),
+        (args.eta_momentum and (world > 1 or args.alternate > 1 or args.pairs > 1),
+         "--eta-momentum takes an image once a step, in one process: drop --pairs, --alternate, torchrun"),
+        (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1),
+         "--no-stop-gradient: targets of --alternate and --eta-momentum have no gradient; drop one"),
+        (args.tensorboard and not importlib.util.find_spec("tensorboard"),
+         "--tensorboard needs a package: pip install tensorboard, or leave it out"),
+        (args.benchmark and {"out", "resume", "export"} & given.keys(),
+         "--benchmark writes nothing: leave out --out, --resume and --export"),
     ):  # fmt: skip
         if wrong:
             stop(message)
     check_new_file("--export", args.export)
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(device: str) -> str:
-    """The kind of a device that is there."""
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", *(cuda and ["cuda", *cuda]), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if device not in devices:
-        stop(f"--device {device} is not to be had here: choose from {', '.join(devices)}")
-    return device.split(":")[0]
 
 
 def check_new_file(flag: str, path: str | None) -> None:
@@ -272,7 +272,8 @@ def choose_run(given: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if "resume" in given or restarted and (again / "checkpoint.pt").exists():
         checkpoint = read_checkpoint(again / "checkpoint.pt")
-        if not ({"model", "optimizer", "step"} <= checkpoint.keys() and isinstance(checkpoint.get("args"), dict)):
+        parts = {"model", "optimizer", "step"} <= checkpoint.keys()
+        if not (parts and isinstance(checkpoint.get("args"), dict)):
             stop(f"{again / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
         if "resume" in given or checkpoint["args"].get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
             return again, checkpoint
@@ -295,7 +296,8 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     else:  # emulated in software, bfloat16 is far slower than float32
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         native = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native else None}.get(amp)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if native else None}
+    return dtypes.get(amp)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -433,14 +435,15 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     if later:  # one process of each machine downloads, and the others come after it
         dist.barrier()
     try:
-        # torchvision unpacks only archives with its own mirror's checksums; their content is the same everywhere.
+        # torchvision unpacks only archives with its own mirror's checksums; others hold the same content.
         for archive in Path(root, "FashionMNIST", "raw").glob("*.gz"):
             if name == "fashion-mnist" and not archive.with_suffix("").exists():
                 sets.utils.extract_archive(str(archive))
         dataset = kind(root, train=is_train, download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, damaged
         reason = [*str(error).splitlines(), type(error).__name__][0]
-        archive = "the four .gz files, in FashionMNIST/raw" if name == "fashion-mnist" else Path(kind.url).name
+        gz = "the four .gz files, in FashionMNIST/raw"
+        archive = gz if name == "fashion-mnist" else Path(kind.url).name
         stop(f"{name} is not in {root}, and no download ({reason}): put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
         dist.barrier()
@@ -663,6 +666,175 @@ def normalize(x: Tensor, args: argparse.Namespace) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
+# Monitors
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, images: Images, args: argparse.Namespace, amp: torch.dtype | None = None
+) -> Tensor:
+    """Features (N, D) float32 of all images, not augmented, by the backbone in eval mode.
+
+    Processes share the work, and each returns all of it. Every image counts once: no last batch is dropped.
+    """
+    rank, world = process()
+    device, mode, n = torch.device(args.device), backbone.training, len(images)
+    mine = (torch.arange(math.ceil(n / world) * world) % n)[rank::world]  # as many on every rank
+    backbone.eval()
+    features = []
+    for batch in load(images, [("", indices) for indices in mine.split(250)], args.workers):
+        x = batch.to(device, non_blocking=True).float() / 255
+        if x.shape[-2:] != (args.image_size, args.image_size):
+            x = F.interpolate(x, [args.image_size] * 2, mode="bilinear", antialias=True)
+        x = normalize(x, args)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            features.append(backbone(x).float())
+    backbone.train(mode)
+    mine = torch.cat(features)
+    if world == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n]  # in order again
+
+
+def advice(loss: float, spread_: float, progress: float) -> str:
+    """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
+    if loss < -0.95 and spread_ < 0.3:
+        return (
+            "collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does "
+            "each prediction meet the OTHER view? Then App. A's augmentations, and a lower --base-lr"
+        )
+    if loss > -0.2 and progress >= 0.2:
+        return "not learning, which is not collapse (loss stays near 0): a lower --base-lr or --warmup-epochs"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Plumbing: processes, files, signals
+
+
+def setup_distributed(device: str) -> torch.device:
+    """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
+    if process()[1] == 1:
+        return torch.device(device)
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        stop(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start the processes with torchrun")
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)  # fewer GPUs than processes
+        torch.cuda.set_device(device)
+    # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    store, rank, world = next(dist.rendezvous("env://"))
+    # On a restart, torchrun 2.14's store was seen to hold the addresses of the processes that had died.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return torch.device(device)
+
+
+def gather(mine: Any) -> list[Any]:
+    """One object from each rank, in order."""
+    everyone = [mine]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def replace_file(path: Path, content: Any) -> None:
+    """torch.save, which leaves at path the old file or the new one, whole, whatever happens."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
+        beside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        stop(f"cannot write {path} ({reason}); what was there before is untouched", status=1)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote there. Never runs code from the file."""
+    try:
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"checksum of {broken}")  # torch.load does not look at the checksums
+        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        stop(f"{path}: there is no such file; check the path")
+    except Exception as error:  # what a damaged file raises has no common type
+        kind = type(error).__name__
+        stop(f"{path} is damaged or not a checkpoint ({kind}); take another one, or start anew")
+
+
+def export_backbone(backbone: nn.Module, path: str) -> None:
+    """The weights alone, under torchvision's names."""
+    check_new_file("--export", path)  # it may have come up since
+    weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+    replace_file(Path(path), weights)
+
+
+def save_views(images: Images, args: argparse.Namespace) -> None:
+    """A picture of what the network sees: eight images, and below each of them its two views."""
+    key, indices = next(schedule(len(images), args.batch_size, args.seed, range(1)))
+    indices = indices[:8]
+    torch.manual_seed(args.seed)
+    views = torch.cat(two_views(images[key, indices], args))
+    mean, std = torch.tensor(args.mean).view(3, 1, 1), torch.tensor(args.std).view(3, 1, 1)
+    originals = F.interpolate(images["", indices] / 255, args.image_size, mode="bilinear", antialias=True)
+    picture = torch.cat([originals, (views * std + mean).clamp(0, 1)])
+    torchvision.utils.save_image(picture, Path(args.out, "views.png"), nrow=len(indices))
+
+
+def claim(out: Path) -> BinaryIO:
+    """Makes OUT this process's own, as long as the returned file is open."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "wb")
+    try:
+        import fcntl  # Windows has none, and there two runs in one folder are not noticed
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        stop(f"--out {out} is in use by another process: name another folder")
+    except (ImportError, OSError):  # nor have some network file systems
+        pass
+    return lock
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[Callable[[], int]]:
+    """Inside, the first SIGINT, SIGTERM or SIGHUP is only noted, and a second one kills.
+
+    Yields a function: the signal's number, 0 for none, once any rank has one, for all must stop together.
+    """
+    noted, before = torch.zeros((), dtype=torch.int64), {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.fill_(number)
+        # torchrun passes on what the terminal has delivered to all already; it kills by itself if need be.
+        signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
+
+    def agreed() -> int:
+        number = noted.clone()
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    try:
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                with contextlib.suppress(ValueError):  # not in the main thread, as in some notebooks
+                    before[number] = signal.signal(number, note)
+        yield agreed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
 # Optimization
 
 
@@ -703,14 +875,20 @@ class Targets(nn.Module):
         return z1, z2
 
 
+PARTS = ("model", "targets", "optimizer", "scaler")  # of a Trainer, each with a state of its own
+
+
 class Trainer:
     """The model and all that changes with it. `update` is one step, `state_dict` all that a resume needs."""
 
-    def __init__(self, args: argparse.Namespace, n: int, device: torch.device):
-        self.args, self.n, self.device, self.amp = args, n, device, amp_dtype(args.amp, device)
-        (self.rank, self.world), self.step, self.per_epoch = process(), 0, n // args.batch_size
+    def __init__(self, args: argparse.Namespace, images: Images, test: Images | None, device: torch.device):
+        self.args, self.images, self.test, self.device = args, images, test, device
+        (self.rank, self.world), self.amp = process(), amp_dtype(args.amp, device)
+        self.step, self.per_epoch = 0, len(images) // args.batch_size
         self.steps, self.warmup = args.epochs * self.per_epoch, args.warmup_epochs * self.per_epoch
-        self.seconds, self.sums = 0.0, torch.zeros(2, device=device)  # of loss and spread, in this epoch
+        self.sums = torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
+        self.history: list[dict[str, Any]] = []  # a row for each epoch
+        self.began = time.time()
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -723,9 +901,9 @@ class Trainer:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # `model` stays the bare model, and that is what is saved: no "module." in its keys.
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.targets = Targets(self.model, n, args).to(device)
-        # Two groups: the encoder's lr decays, the predictor's is constant (Table 1c), without warmup too, which is
-        # not in the paper (the authors, in issue 11 of their repository).
+        self.targets = Targets(self.model, len(images), args).to(device)
+        # Two groups: the encoder's lr decays, the predictor's is constant (Table 1c), without a warmup too,
+        # which is not in the paper (the authors, in issue 11 of their repository).
         encoder = [*self.model.backbone.parameters(), *self.model.projector.parameters()]
         groups = [dict(params=encoder, constant=False)]
         if predictor := list(self.model.predictor.parameters()):
@@ -743,11 +921,12 @@ class Trainer:
     def __str__(self) -> str:
         return f"{self.world} x {self.device.type}, {self.amp or torch.float32}"
 
-    def batches(self, images: Images, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 images, their indices) of this rank for each step."""
-        args = self.args
-        requests = partial(schedule, self.n, args.batch_size, args.seed, steps, self.rank, self.world, args.pairs)
-        return zip(load(images, requests(), args.workers), (indices for _, indices in requests()))
+        n, args = len(self.images), self.args
+        mine = self.rank, self.world, args.pairs
+        requests = partial(schedule, n, args.batch_size, args.seed, steps, *mine)
+        return zip(load(self.images, requests(), args.workers), (indices for _, indices in requests()))
 
     def update(self, batch: Tensor, indices: Tensor, mark: Callable[[str], Any] = lambda phase: None) -> None:
         """One step on this rank's images. `mark` is told the end of every phase."""
@@ -778,228 +957,91 @@ class Trainer:
         """Stops on nan and infinity, and so keeps them out of the checkpoint."""
         if not all(value.isfinite().all() for value in values):
             lr, file = self.optimizer.param_groups[0]["lr"], Path(self.args.out, "checkpoint.pt")
-            stop(f"loss or weights are not finite at step {self.step}, lr {lr:.4g}, amp {self.amp or 'off'}: lower "
-                 f"--base-lr, or --amp off. {file} is from before", status=1)  # fmt: skip
+            where = f"step {self.step}, lr {lr:.4g}, amp {self.amp or 'off'}"
+            remedy = f"lower --base-lr, or --amp off. {file} is from before"
+            stop(f"loss or weights are not finite at {where}: {remedy}", status=1)
+
+    def monitor(self, knn: bool) -> tuple[float, float | None]:
+        """Effective rank of 256 images' features; and kNN top-1 over all test images, a fraction, or None.
+
+        The classifier is that of simsiam.py, on backbone features, with the whole training set as its bank.
+        """
+        backbone, images, test = self.model.backbone, self.images, self.test
+        for buffer in backbone.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)  # one network: without SyncBN the ranks' running means differ
+        features_of = partial(extract_features, backbone, args=self.args, amp=self.amp)
+        shown = test or images
+        some = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()  # spread over all classes
+        if not knn or test is None or test.labels is None:
+            return effective_rank(features_of(shown.subset(some))).item(), None
+        bank, features = features_of(images), features_of(test)
+        predicted = knn_predict(features, bank, images.labels.to(bank.device)).cpu()
+        return effective_rank(features[some]).item(), (predicted == test.labels).sum().item() / len(test)
+
+    def report(self, rate: float) -> dict[str, Any]:
+        """Measures, prints and returns the row of the epoch that ends here, and empties the sums."""
+        args, epoch, seconds = self.args, self.step // self.per_epoch, time.time() - self.began
+        loss, spread_ = (sum(gather((self.sums / self.per_epoch).cpu())) / self.world).tolist()
+        self.sums.zero_()
+        knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
+        rank, knn = self.monitor(knn_now)
+        row = dict(epoch=epoch, step=self.step, loss=loss, spread=spread_, rank=rank, knn=knn)
+        row |= dict(lr=self.optimizer.param_groups[0]["lr"], images_per_second=rate, seconds=seconds)
+        self.history.append(row)
+        say(
+            f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank:5.1f}  "
+            f"lr {row['lr']:.4f}  {rate:5.0f} images/s  {seconds * (args.epochs / epoch - 1):.0f} s left"
+            f"{percent(knn)}"
+        )
+        if args.similarity == "cosine" and (text := advice(loss, spread_, epoch / args.epochs)):
+            say(f"warning: {text}", sys.stderr)
+        return row
+
+    def save(self) -> None:
+        state = self.state_dict()
+        if self.rank == 0:
+            replace_file(Path(self.args.out, "checkpoint.pt"), state)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "targets", "optimizer", "scaler")}
-        plain = {name: getattr(self, name) for name in ("step", "n", "world", "seconds")}
-        return parts | plain | dict(sums=gather(self.sums.tolist()), args=vars(self.args))
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        plain = dict(step=self.step, n=len(self.images), world=self.world, history=self.history)
+        plain |= dict(seconds=time.time() - self.began, sums=gather(self.sums.tolist()), args=vars(self.args))
+        return parts | plain
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stops where it does not fit. All or nothing: what was loaded by then is not used."""
         try:
-            for name in ("model", "targets", "optimizer", "scaler"):
+            for name in PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.step, self.seconds, n, world = (state[name] for name in ("step", "seconds", "n", "world"))
+            self.step, self.history, n, world = (state[name] for name in ("step", "history", "n", "world"))
+            self.began -= state["seconds"]
             sums = torch.tensor(state["sums"])  # (processes, 2)
             self.sums.copy_(sums[self.rank] if world == self.world else sums.mean(dim=0))
         except Exception as error:  # whatever a file of the right form may hold
-            stop(f"{self.args.out}/checkpoint.pt does not fit this run ({type(error).__name__}): name another --out")
-        if n != self.n:
-            stop(f"--resume: {self.args.data} had {n} images and now has {self.n}: restore them, or start anew")
+            kind = type(error).__name__
+            stop(f"{self.args.out}/checkpoint.pt does not fit this run ({kind}): name another --out")
+        if n != (now := len(self.images)):
+            stop(f"--resume: {self.args.data} had {n} images, and now {now}: restore them, or start anew")
         if world != self.world:
-            say(f"warning: {world} processes before, {self.world} now: not the same bits as without", sys.stderr)
+            say(f"warning: {world} processes before, {self.world} now: other bits", sys.stderr)
+
+
+def percent(knn: float | None) -> str:
+    return "" if knn is None else f"  kNN {knn:.1%}"
 
 
 # ------------------------------------------------------------------------------------------------
-# Monitors
+# The training
 
 
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, images: Images, args: argparse.Namespace, amp: torch.dtype | None = None
-) -> Tensor:
-    """Features (N, D) float32 of all images, not augmented, by the backbone in eval mode.
-
-    Processes share the work, and each returns all of it. Every image counts once: no last batch is dropped.
-    """
-    rank, world = process()
-    device, mode, n = torch.device(args.device), backbone.training, len(images)
-    mine = (torch.arange(math.ceil(n / world) * world) % n)[rank::world]  # as many on every rank
-    backbone.eval()
-    features = []
-    for batch in load(images, [("", indices) for indices in mine.split(250)], args.workers):
-        x = batch.to(device, non_blocking=True).float() / 255
-        if x.shape[-2:] != (args.image_size, args.image_size):
-            x = F.interpolate(x, [args.image_size] * 2, mode="bilinear", antialias=True)
-        x = normalize(x, args)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            features.append(backbone(x).float())
-    backbone.train(mode)
-    mine = torch.cat(features)
-    if world == 1:
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:n]  # in order again
-
-
-def monitor(
-    backbone: nn.Module,
-    train: Images,
-    test: Images | None,
-    args: argparse.Namespace,
-    amp: torch.dtype | None,
-    knn: bool,
-) -> tuple[float, float | None]:
-    """Effective rank of 256 images' features; and kNN top-1 over all test images, a fraction, or None.
-
-    The classifier is that of simsiam.py, on backbone features, with the whole training set as its bank.
-    """
-    for buffer in backbone.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # one network everywhere: without SyncBN the ranks' running means differ
-    images = test or train
-    some = torch.linspace(0, len(images) - 1, min(256, len(images))).long()  # spread over all classes
-    if not knn or test is None or test.labels is None:
-        return effective_rank(extract_features(backbone, images.subset(some), args, amp)).item(), None
-    bank, features = (extract_features(backbone, images, args, amp) for images in (train, test))
-    predicted = knn_predict(features, bank, train.labels.to(bank.device))
-    return effective_rank(features[some]).item(), (predicted.cpu() == test.labels).sum().item() / len(test)
-
-
-def advice(loss: float, spread_: float, progress: float) -> str:
-    """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
-    if loss < -0.95 and spread_ < 0.3:
-        return ("collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does "
-                "each prediction meet the OTHER view? Then App. A's augmentations, and a lower --base-lr")  # fmt: skip
-    if loss > -0.2 and progress >= 0.2:
-        return "not learning, which is not collapse (the loss stays near 0): a lower --base-lr, or --warmup-epochs"
-    return ""
-
-
-# ------------------------------------------------------------------------------------------------
-# Plumbing: processes, files, signals
-
-
-def setup_distributed(device: str) -> torch.device:
-    """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
-    if process()[1] == 1:
-        return torch.device(device)
-    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        stop(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start several processes with torchrun")
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        check_device(device)  # fewer GPUs than processes
-        torch.cuda.set_device(device)
-    # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    store, rank, world = next(dist.rendezvous("env://"))
-    # On a restart, torchrun 2.14's store was seen to hold the addresses of the processes that had died.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return torch.device(device)
-
-
-def gather(mine: Any) -> list[Any]:
-    """One object from each rank, in order."""
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Leaves at path the old content or the new one, whole, whatever happens."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns one into the other
-        beside.unlink(missing_ok=True)
-        stop(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is untouched", status=1)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict that torch.save wrote there. Never runs code from the file."""
-    try:
-        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"checksum of {broken}")  # torch.load does not look at the checksums
-        return dict(torch.load(path, map_location="cpu", weights_only=True).items())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        stop(f"{path}: there is no such file; check the path")
-    except Exception as error:  # what a damaged file raises has no common type
-        stop(f"{path} is damaged or not a checkpoint ({type(error).__name__}); take another one, or start anew")
-
-
-def export_backbone(backbone: nn.Module, path: str) -> None:
-    """The weights alone, under torchvision's names."""
-    check_new_file("--export", path)  # it may have come up since
-    weights = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-    replace_file(Path(path), lambda file: torch.save(weights, file))
-
-
-def save_views(images: Images, request: tuple[str, Tensor], args: argparse.Namespace, path: Path) -> None:
-    """A picture of what the network sees: eight images, and below each of them its two views."""
-    key, indices = request[0], request[1][:8]
-    torch.manual_seed(args.seed)
-    views = torch.cat(two_views(images[key, indices], args))
-    mean, std = torch.tensor(args.mean).view(3, 1, 1), torch.tensor(args.std).view(3, 1, 1)
-    originals = F.interpolate(images["", indices] / 255, args.image_size, mode="bilinear", antialias=True)
-    picture = torch.cat([originals, (views * std + mean).clamp(0, 1)])
-    torchvision.utils.save_image(picture, path, nrow=len(indices))
-
-
-def claim(out: Path) -> BinaryIO:
-    """Makes OUT this process's own, as long as the returned file is open."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "wb")
-    try:
-        import fcntl  # Windows has none, and there two runs in one folder are not noticed
-
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        stop(f"--out {out} is in use by another process: name another folder")
-    except (ImportError, OSError):  # nor have some network file systems
-        pass
-    return lock
-
-
-def catch_signals() -> Callable[[], int]:
-    """From now on the first SIGINT, SIGTERM or SIGHUP is only noted, and a second one kills.
-
-    The function returned gives the signal's number, 0 for none, once any rank has one: all must stop together.
-    """
-    noted = torch.zeros((), dtype=torch.int64)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.fill_(number)
-        # torchrun passes on what the terminal has delivered to all already; it kills by itself if need be.
-        signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
-
-    def agreed() -> int:
-        number = noted.clone()
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
-
-    set_handlers(dict.fromkeys(SIGNALS, note))
-    return agreed
-
-
-def set_handlers(handlers: dict[int, Any]) -> None:
-    if threading.current_thread() is threading.main_thread():  # elsewhere, as in some notebooks, it can't be
-        for number, handler in handlers.items():
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
-                signal.signal(number, handler)
-
-
-def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str, Any]], None]:
-    """A function that writes one epoch's numbers. Rows of metrics.jsonl later than `step` are dropped."""
-    path, writer = out / "metrics.jsonl", None
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short, or not ours
-            kept += [line] if json.loads(line)["step"] <= step else []
-    replace_file(path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-    if tensorboard:
+def open_metrics(trainer: Trainer) -> Callable[[dict[str, Any]], None]:
+    """Brings metrics.jsonl to where the trainer stands. Returns a function that adds an epoch's row."""
+    path, writer = Path(trainer.args.out, "metrics.jsonl"), None
+    path.write_text("".join(json.dumps(row) + "\n" for row in trainer.history))
+    if trainer.args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(out, purge_step=step)
+        writer = SummaryWriter(trainer.args.out, purge_step=trainer.step)
 
     def write(row: dict[str, Any]) -> None:
         with open(path, "a") as file:
@@ -1011,31 +1053,23 @@ def open_metrics(out: Path, step: int, tensorboard: bool) -> Callable[[dict[str,
     return write
 
 
-# ------------------------------------------------------------------------------------------------
-# The training
-
-
-def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSiam:
+def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
     device, out = setup_distributed(args.device), Path(args.out)
-    chief = process()[0] == 0  # which alone writes
-    args.device = str(device)
+    chief, args.device = process()[0] == 0, str(device)  # the chief alone writes
     images, test = load_data(args)
     if len(images) < args.batch_size:
         stop(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
-    trainer = Trainer(args, len(images), device)
+    trainer = Trainer(args, images, test, device)
     if args.benchmark:
-        benchmark(trainer, images, test)
-        return trainer.model
+        return benchmark(trainer)
     lock = claim(out) if chief else None  # noqa: F841 (held until the end)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     if len(set(gather(trainer.step))) > 1:
-        stop(f"not all processes see {out / 'checkpoint.pt'}: put --out where all nodes can read it", status=1)
+        stop(f"not all processes see {out}/checkpoint.pt: put --out where all nodes can read it", status=1)
     if trainer.step == trainer.steps:
         say(f"the run in {out} is already finished")
-    began = time.time() - trainer.seconds
-    save = partial(save_checkpoint, trainer, out / "checkpoint.pt", began)
     say(
         f"{args.data}: {len(images)} images, {trainer.steps} steps of {args.batch_size}; "
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; {trainer}; into {out}\n"
@@ -1043,108 +1077,82 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> SimSia
         + ("" if images.labels is not None else "; no labels, so no kNN")
     )
     if trainer.step == 0:
-        save()  # now there is always something to resume, and a full disk shows at once
+        trainer.save()  # now there is always something to resume, and a full disk shows at once
         if chief:
-            first = next(schedule(len(images), args.batch_size, args.seed, range(1)))
-            save_views(images, first, args, out / "views.png")
-        rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn=args.knn_every > 0)
-        say(f"untrained: rank {rank:.1f}" + ("" if knn is None else f"  kNN {knn:.1%}"))
-    write = open_metrics(out, trainer.step, args.tensorboard) if chief else lambda row: None
-    signalled, terminal = catch_signals(), chief and sys.stdout.isatty()
+            save_views(images, args)
+        rank, knn = trainer.monitor(knn=args.knn_every > 0)
+        say(f"untrained: rank {rank:.1f}{percent(knn)}")
+    with noted_signals() as signalled:
+        run(trainer, open_metrics(trainer) if chief else lambda row: None, signalled)
+    if args.export and chief:
+        export_backbone(trainer.model.backbone, args.export)
+
+
+def run(trainer: Trainer, write: Callable[[dict[str, Any]], None], signalled: Callable[[], int]) -> None:
+    """The loop over the steps that are left."""
+    args, terminal = trainer.args, trainer.rank == 0 and sys.stdout.isatty()
     trainer.model.train()
-    since = time.time(), trainer.step
-    for batch, indices in trainer.batches(images, range(trainer.step, trainer.steps)):
+    began, first = time.time(), trainer.step
+    for batch, indices in trainer.batches(range(trainer.step, trainer.steps)):
         trainer.update(batch, indices)
         epoch, position = divmod(trainer.step, trainer.per_epoch)
-        signal_number = signalled()
+        number = signalled()
         # To read a number makes a GPU finish its work first: there, only now and then.
-        if device.type == "cpu" or position == 0 or signal_number or trainer.step % 50 == 0:
+        if trainer.device.type == "cpu" or position == 0 or number or trainer.step % 50 == 0:
             trainer.check([trainer.sums])
         if terminal:
             print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
-        if position == 0 or signal_number:
+        if position == 0 or number:
             trainer.check(trainer.model.parameters())
         if position == 0:
-            report_epoch(trainer, images, test, write, since, time.time() - began)
-        if signal_number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
-            save()
+            write(trainer.report((trainer.step - first) * args.batch_size / (time.time() - began)))
+        if number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
+            trainer.save()
         if position == 0:
-            since = time.time(), trainer.step
-        if signal_number:
-            name = signal.Signals(signal_number).name
-            say(f"{name} at step {trainer.step}: saved; go on with python train.py --resume --out {out}")
-            sys.exit(128 + signal_number)
-    return trainer.model
+            began, first = time.time(), trainer.step
+        if number:
+            name = signal.Signals(number).name
+            say(f"{name} at step {trainer.step}: saved; go on with python train.py --resume --out {args.out}")
+            sys.exit(128 + number)
 
 
-def save_checkpoint(trainer: Trainer, path: Path, began: float) -> None:
-    trainer.seconds = time.time() - began
-    state = trainer.state_dict()
-    if trainer.rank == 0:
-        replace_file(path, lambda file: torch.save(state, file))
-
-
-def report_epoch(
-    trainer: Trainer,
-    images: Images,
-    test: Images | None,
-    write: Callable[[dict[str, Any]], None],
-    since: tuple[float, int],
-    seconds: float,
-) -> None:
-    """Measures, prints and records one epoch, and empties the sums for the next one."""
-    args, done, epoch = trainer.args, trainer.step / trainer.steps, trainer.step // trainer.per_epoch
-    rate = (trainer.step - since[1]) * args.batch_size / (time.time() - since[0])
-    loss, spread_ = (sum(gather((trainer.sums / trainer.per_epoch).cpu())) / trainer.world).tolist()
-    knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
-    rank, knn = monitor(trainer.model.backbone, images, test, args, trainer.amp, knn_now)
-    lr = trainer.optimizer.param_groups[0]["lr"]
-    row = dict(epoch=epoch, step=trainer.step, loss=loss, spread=spread_, rank=rank, knn=knn, lr=lr)
-    write(row | dict(images_per_second=rate, seconds=seconds))
-    say(
-        f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank:5.1f}  "
-        f"lr {lr:.4f}  {rate:5.0f} images/s  {seconds / done - seconds:.0f} s left"
-        + ("" if knn is None else f"  kNN {knn:.1%}")
-    )
-    if args.similarity == "cosine" and (text := advice(loss, spread_, done)):
-        say(f"warning: {text}", sys.stderr)
-    trainer.sums.zero_()
-
-
-def benchmark(trainer: Trainer, images: Images, test: Images | None) -> None:
+def benchmark(trainer: Trainer) -> None:
     """Times --benchmark steps after three others, and says what share each part of a step takes."""
-    args, device, spent, last, warm = trainer.args, trainer.device, {}, time.perf_counter(), 3
+    args, cuda, warm = trainer.args, trainer.device.type == "cuda", 3
+    spent, last = collections.Counter(), time.perf_counter()
 
     def mark(phase: str) -> None:
         nonlocal last
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()  # kernels run behind Python's back
         now = time.perf_counter()
-        spent[phase], last = spent.get(phase, 0) + now - last, now
+        spent[phase] += now - last
+        last = now
 
     trainer.model.train()
-    for batch, indices in trainer.batches(images, range(warm + args.benchmark)):
+    for batch, indices in trainer.batches(range(warm + args.benchmark)):
         mark("loading")
         trainer.update(batch, indices, mark)
         if trainer.step == warm:
             spent.clear()
-    step = sum(spent.values()) / args.benchmark
-    for knn in (False, True) if args.knn_every else (False,):  # of an epoch, spread over its steps
-        monitor(trainer.model.backbone, images, test, args, trainer.amp, knn)
-        mark("kNN" if knn else "rank")
-    often = dict(rank=1 / trainer.per_epoch, kNN=1 / trainer.per_epoch / max(1, args.knn_every))
-    shares = {phase: seconds * often.get(phase, 1 / args.benchmark) for phase, seconds in spent.items()}
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    step = spent.total() / args.benchmark
+    for phase, every in (("rank", 1), ("kNN", args.knn_every)):  # of an epoch, spread over its steps
+        trainer.monitor(knn=phase == "kNN" and every > 0)
+        mark(phase)
+        spent[phase] *= args.benchmark / trainer.per_epoch / every if every else 0
+    if cuda:
+        memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
     else:
-        import resource  # Unix has it
+        memory = "unknown"
+        with contextlib.suppress(ImportError):
+            import resource  # Windows has none
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
     say(
         f"{args.data}, {args.arch}, batch {args.batch_size}, {trainer}: "
-        f"{args.batch_size / step:.1f} images/s, {1000 * step:.1f} ms a step, peak memory {peak:.0f} MiB\n"
-        + "  ".join(f"{phase} {seconds / sum(shares.values()):.1%}" for phase, seconds in shares.items())
+        f"{args.batch_size / step:.1f} images/s, {1000 * step:.1f} ms a step, peak memory {memory}\n"
+        + "  ".join(f"{phase} {seconds / spent.total():.1%}" for phase, seconds in spent.items())
     )
 
 
@@ -1169,14 +1177,10 @@ def main(argv: list[str] | None = None) -> None:
     """The whole command, for a shell, a notebook or a test. SystemExit on a mistake and on a signal."""
     with one_line_errors(2):
         args, checkpoint = get_args(argv)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with one_line_errors(1):
-            model = train(args, checkpoint)
-            if args.export and process()[0] == 0:
-                export_backbone(model.backbone, args.export)
+            train(args, checkpoint)
     finally:
-        set_handlers(handlers)
         if dist.is_initialized():
             dist.destroy_process_group()
 
