@@ -28,7 +28,6 @@ from train import (
     IMAGENET,
     RECIPES,
     Images,
-    check_device,
     check_new_file,
     command_line,
     crop_and_flip,
@@ -57,21 +56,21 @@ FIXED = ("arch", "stem", "width", "mean", "std")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_line("Evaluate a backbone by kNN, linear probe or fine-tuning.")
-    flag, switch, rate = parser.add_argument, dict(action="store_true"), number(float, 0, 10**4)
+    flag, rate = parser.add_argument, number(float, 0, 10**4)
     flag("checkpoint", metavar="CHECKPOINT", help="a file, or 'random' (untrained), or 'pixels' (no network)")
-    flag("task", nargs="?", choices=["knn", "linear", "finetune"], help="default: knn and linear")
+    flag("task", nargs="?", choices=["knn", "linear", "finetune"], default=None, help="default: knn, linear")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
     flag("--data-dir", help="for downloaded data sets (default: data)")
-    flag("--holdout", action="store_true", default=None, help="test on a tenth of the training set")
+    flag("--holdout", action="store_true", help="test on a tenth of the training set")
     flag("--labels-per-class", type=number(int, 1, 10**6), metavar="N", help="use so many of the labels only")
     flag("--seed", type=number(int, 0, 2**63 - 1), help="of labels, probe and 'random' (default: 0)")
     flag("--k", type=number(int, 1, 10**6), default=200, help="neighbours (default: 200)")
     flag("--temperature", type=number(float, 0.001, 100), default=0.2, help="of their votes (default: 0.2)")
-    flag("--official", **switch, help="linear: crop and flip anew each epoch, as the authors (SGD, no LARS)")
+    flag("--official", action="store_true", help="linear: crop and flip each epoch, like the authors; SGD")
     flag("--epochs", type=number(int, 1, 10**5), default=90, help="of linear and finetune (default: 90)")
     flag("--batch-size", type=number(int, 2, 10**6), help="default: linear 256, finetune 64")
     flag("--base-lr", type=rate, help="for a batch of 256 (default: linear 1, --official 30, finetune 0.1)")
-    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; authors: 0.08)")
+    flag("--crop-min", type=number(float, 0.01, 1), help="of crops (default: as pretrained; --official 0.08)")
     # for files that do not say it, and for 'random'
     flag("--arch")
     flag("--stem", choices=["imagenet", "cifar"])
@@ -81,23 +80,23 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--std", type=number(float, 1e-3, 1), nargs=3)
     flag("--features", metavar="FILE", help="write features and labels of both splits")
     flag("--export", metavar="FILE", help="write the backbone alone, for plain torchvision")
-    flag("--device", help="default: the best there is")
+    flag("--device", choices=devices(), help="default: the first of these")
     flag("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: 4)")
     return parser
 
 
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Arguments completed by what the checkpoint says, and its content ({} for 'random' and 'pixels')."""
-    parsed = vars(build_parser().parse_intermixed_args(argv))
-    given = {name: value for name, value in parsed.items() if value is not None}
+    given = vars(build_parser().parse_intermixed_args(argv))
     name, content = given["checkpoint"], {}
     if name not in ("random", "pixels"):
         content = read_checkpoint(Path(name))
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
     if not isinstance(saved, dict):
         stop(f"{name} is not a checkpoint of train.py or the authors' code")
-    if name == "pixels" and {"arch", "stem", "width", "export"} & given.keys():
-        stop("'pixels' is no network: leave out --arch, --stem, --width and --export")
+    network = {"arch", "stem", "width", "export"} & given.keys() or given["task"] == "finetune"
+    if name == "pixels" and network:
+        stop("'pixels' is no network: leave out finetune, --arch, --stem, --width and --export")
     for name in FIXED:
         if name in given and saved.get(name, given[name]) != given[name]:
             stop(f"--{name} {given[name]}, but the checkpoint has {saved[name]}: leave the flag out")
@@ -107,15 +106,15 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     if data is None:
         stop(f"which images? {given['checkpoint']} does not say: add --data")
     recipe = RECIPES.get(data, IMAGENET) | dict(
-        data=data, data_dir="data", holdout=False, seed=0, workers=4, labels_per_class=None, task=None,
-        features=None, export=None, batch_size=None, base_lr=None,
-        device=devices()[0],
+        data=data, data_dir="data", holdout=False, seed=0, workers=4, labels_per_class=None,
+        official=False, features=None, export=None, batch_size=None, base_lr=None, device=devices()[0],
     )  # fmt: skip
     # The run's own seed, device and the like are not the evaluation's.
     kept = "data data_dir image_size crop_min".split()
     saved = {name: value for name, value in saved.items() if name in (*FIXED, *kept)}
     args = argparse.Namespace(**(recipe | saved | given))
-    check_device(args.device)
+    if args.official and "crop_min" not in given:
+        args.crop_min = 0.08  # torchvision's default, which the authors' probe uses
     check_new_file("--features", args.features)
     check_new_file("--export", args.export)
     if args.export is not None and args.export == args.features:
@@ -189,23 +188,9 @@ def crops(
         yield normalize(x, args)
 
 
-def fit(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    targets: Iterable[Tensor],
-    steps: int,
-    peak: float,
-    clip: float,
-) -> None:
-    """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A's alternative to LARS)."""
-    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=peak, momentum=0.9)
-    for step, (batch, target) in enumerate(zip(batches, targets)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=0)
-        loss = F.cross_entropy(model(batch), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+def top1(predicted: Tensor, test: Images) -> str:
+    correct = (predicted.cpu() == test.labels).sum().item()
+    return f"top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
 
 
 def probe(
@@ -224,9 +209,17 @@ def probe(
     def requests() -> Iterable[tuple[str, Tensor]]:
         return ((key, rows[i]) for key, i in schedule(len(rows), batch, args.seed, range(steps)))
 
-    def train_on(batches: Iterable[Tensor], model: nn.Module, base_lr: float, clip: float = math.inf) -> None:
-        targets = (positions[i].to(args.device) for _, i in requests())
-        fit(model, batches, targets, steps, base_lr * batch / 256, clip)
+    def fit(model: nn.Module, batches: Iterable[Tensor], base_lr: float, clip: float = math.inf) -> None:
+        """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A's alternative to LARS)."""
+        weights, peak = [w for w in model.parameters() if w.requires_grad], base_lr * batch / 256
+        optimizer = torch.optim.SGD(weights, lr=peak, momentum=0.9)
+        for step, (x, (_, i)) in enumerate(zip(batches, requests())):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=0)
+            loss = F.cross_entropy(model(x), positions[i].to(args.device))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, clip)
+            optimizer.step()
 
     torch.manual_seed(args.seed)
     linear = nn.Linear(bank.shape[1], len(classes))
@@ -242,21 +235,20 @@ def probe(
     if tuning:
         # First the head alone: the gradients of an untrained one would ruin the backbone. BN keeps the
         # statistics of the pretraining, for ten labelled images give worse; an untrained network has none.
-        train_on(cached, head, 1)
+        fit(head, cached, 1)
         model, how = nn.Sequential(backbone.requires_grad_(True), head), "all weights"
         model.train(scratch)
         # Clipped, for pretraining leaves weights so small that a usual lr would be far too large for them.
-        train_on(crops(train, requests(), args), model, base_lr, clip=1)
+        fit(model, crops(train, requests(), args), base_lr, clip=1)
     elif args.official:
         model, how = linear.to(args.device), "crops and flips"
-        train_on((backbone(x) for x in crops(train, requests(), args)), model, base_lr)
+        fit(model, (backbone(x) for x in crops(train, requests(), args)), base_lr)
     else:
-        train_on(cached, head, base_lr)
+        fit(head, cached, base_lr)
     with torch.no_grad():
         logits = extract_features(model, test, args) if tuning else model.eval()(features)
-    correct = (classes[logits.argmax(dim=1).cpu()] == test.labels).sum().item()
     recipe = f"SGD, lr {base_lr:g} * {batch} / 256, {args.epochs} epochs of {steps // args.epochs} steps"
-    return f"{args.task} ({how}; {recipe}): top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
+    return f"{args.task} ({how}; {recipe}): {top1(classes[logits.argmax(dim=1).cpu()], test)}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -292,19 +284,14 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     n, d = bank.shape
     print(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    for task in [args.task] if args.task else ["knn", "linear"]:
-        args.task = task
-        if task == "knn":
-            labels = knn_predict(features, bank, train.labels.to(bank.device), args.k, args.temperature).cpu()
-            correct = (labels == test.labels).sum().item()
-            top1 = f"top-1 {correct / len(test):.2%} ({correct} of {len(test)})"
-            print(f"knn (k={args.k}, T={args.temperature}): {top1}")
-            continue
-        print(probe(backbone, train, test, bank, features, args), flush=True)
-        if task == "linear":
-            after = backbone.state_dict()
-            unchanged = all(torch.equal(after[name], value) for name, value in before.items())
-            assert unchanged, "the probe changed the backbone"
+    for args.task in [args.task] if args.task else ["knn", "linear"]:
+        if args.task == "knn":
+            labels = knn_predict(features, bank, train.labels.to(bank.device), args.k, args.temperature)
+            print(f"knn (k={args.k}, T={args.temperature}): {top1(labels, test)}", flush=True)
+        else:
+            print(probe(backbone, train, test, bank, features, args), flush=True)
+        unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+        assert unchanged or args.task == "finetune", "the probe changed the backbone"
     if args.checkpoint not in ("random", "pixels"):
         save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
@@ -313,10 +300,8 @@ def main(argv: list[str] | None = None) -> None:
     """The whole command, for a shell, a notebook or a test."""
     if process()[1] > 1:
         stop("eval.py runs in one process: start it without torchrun")
-    with one_line_errors(2):
-        args, content = get_args(argv)
-    with one_line_errors(1):
-        evaluate(args, content)
+    with one_line_errors():
+        evaluate(*get_args(argv))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 The idea. Take two random views of one image, say two crops in other colours. An encoder f maps both
 to vectors; a small predictor h must tell, from the vector of one view, the vector of the other.
 Doing that well needs what the views share, the content of the picture, and so f learns features
-without a single label. Two networks that only have to agree could agree on a constant; here they
-do not, and what prevents it is one stop-gradient: the side that is predicted is taken as given.
+without a single label. An encoder that only had to agree with itself could map every image to one
+constant. It does not, because of the stop-gradient: the side that is predicted is taken as given.
+The predictor has to be there as well (Table 1a).
 
 Algorithm 1 of the paper:
 
@@ -28,7 +29,6 @@ Where this file departs from the authors' released code, and why:
     copies the method.
   - The projector's width is an argument, 2048 by default as in the paper, and not the backbone's:
     on a ResNet-18 that would be 512.
-  - A Linear that BatchNorm follows has no bias: BN subtracts the mean, and the bias with it.
 
 In a project of yours:
 
@@ -55,7 +55,7 @@ def unit(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # Dividing by the largest entry first keeps the sum of squares from overflow (float32 ends at 3e38,
     # so 1e20 squared is infinite) and from underflow. The cosine does not change when its argument
-    # is scaled, so this scale may be a constant to autograd and the gradient is still exact.
+    # is scaled, so autograd may take this factor as a constant, and the gradient is still exact.
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
     x = x / torch.where(scale > 0, scale, 1)
     # The largest entry is now 1 and the length 1 or more: the clamp touches zero rows alone.
@@ -67,12 +67,14 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
 
     Eq. 1, with the stop-gradient of Eq. 3 on z. The minimum is -1, so a negative loss is right.
     Computed in float32 at least, whatever comes in. similarity="cross-entropy", in [0, inf): Sec. 4.5.
+    Raises ValueError on another similarity.
     """
     # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
     # the encoder through p only. Take the detach away and both sides move towards each other; the
     # fastest way to meet is to map every image to one vector. The loss is soon -1
     # and the features are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without
-    # (Fig. 2). Nothing else here prevents it: no negatives, no momentum encoder, no large batch.
+    # (Fig. 2). Negatives, a momentum encoder or a large batch are not needed. A predictor is: without
+    # one, the detach only halves the gradient of a loss that collapses (Sec. 4.2, Table 1a: 0.1 %).
     # Why it works is argued in Sec. 5: like k-means or EM, training alternates between two unknowns,
     # the weights and one target vector an image, and each step holds the other one fixed. That
     # explains the detach; that this alternation never ends in a constant is observed, not proved.
@@ -83,6 +85,8 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
         # not the cosine that prevents collapse (Sec. 4.5).
         p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p, z))
         return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
+    if similarity != "cosine":
+        raise ValueError(f"unknown similarity {similarity!r}: choose cosine or cross-entropy")
     # In terms of unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
     return -(unit(p) * unit(z)).sum(dim=-1).mean()
 
@@ -90,7 +94,7 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
 def simsiam_loss(
     p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True, **options: bool | str
 ) -> Tensor:
-    """The symmetrized loss of Eq. 4: a scalar in [-1, 1]. p1, p2, z1, z2 are all (N, d).
+    """The symmetrized loss of Eq. 4: a scalar, with the cosine in [-1, 1]. All of p1, p2, z1, z2 are (N, d).
 
     Note the crossing: the prediction from view 1 meets the projection of view 2. D(p1, z1) would
     compare a view with itself, h could learn the identity, and the loss would fall for no reason.
@@ -139,13 +143,13 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     if arch == "convnet":
         return convnet(width), 8 * width
 
-    # zero_init_residual: the last BN of each block starts at 0, so each block starts as the identity
-    # (App. A). It matters for stability, the authors say in issue 28 of their repository.
+    # zero_init_residual: the last BN of each block starts at 0, so each block starts as its shortcut
+    # alone (App. A). It matters for stability, the authors say in issue 28 of their repository.
     net = models.get_model(arch, weights=None, zero_init_residual=True)
     if stem == "cifar":
         # The ImageNet stem, 7x7 with stride 2 and then a max-pool, leaves 8x8 of 32x32 pixels before the
-        # first block. CIFAR's keeps all of them (App. D: "the CIFAR variant of ResNet-18"). padding=1
-        # matters: with 2 the maps grow to 34x34, and yet the same state_dict fits.
+        # first block. CIFAR's keeps all of them (App. D: "the CIFAR variant of ResNet-18"). With a padding
+        # of 2, as some code has it, the maps would grow to 34x34, and the same state_dict would still fit.
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
@@ -171,20 +175,22 @@ def build_projector(
     feature_dim: int, hidden: int, dim: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
     """The projection MLP of Sec. 3: (N, feature_dim) to (N, dim) in 2 or 3 layers. `bn` as in SimSiam."""
-    # Hidden BN is what makes training easy: 34.6 % without any BN, 67.4 % with this one (Table 3a, b).
-    widths, hidden_bn = [feature_dim] + [hidden] * (layers - 1), bn != "none"
-    return nn.Sequential(
-        *(module for fan in zip(widths, widths[1:]) for module in fc(*fan, bn=hidden_bn)),  # (N, hidden)
-        # BN on the output as well: 68.1 % (Table 3c). Its learned scale and shift are not needed, 68.2 %
-        # without (Sec. 4.4), and z is then exactly centred. No ReLU: z may point in any direction.
-        *fc(widths[-1], dim, bn=bn in ("default", "all"), affine=affine, relu=False),  # (N, d)
-    )
+    mlp, fan_in = [], feature_dim
+    for _ in range(layers - 1):
+        # Hidden BN is what makes training easy: 34.6 % without any BN, 67.4 % with this one (Table 3a, b).
+        mlp += fc(fan_in, hidden, bn=bn != "none")  # (N, hidden)
+        fan_in = hidden
+    # BN on the output as well: 68.1 % (Table 3c). Its learned scale and shift are not needed, 68.2 % without
+    # (Sec. 4.4), and z is then exactly centred. No ReLU: z may point in any direction.
+    mlp += fc(fan_in, dim, bn=bn in ("default", "all"), affine=affine, relu=False)  # (N, d)
+    return nn.Sequential(*mlp)
 
 
 def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential:
     """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck. `bn` as in SimSiam."""
     return nn.Sequential(
-        *fc(dim, hidden, bn=bn != "none"),  # (N, d/4): as wide as its output, h can be unstable (App. B)
+        # A bottleneck. As wide as its output, h can be less stable (App. B).
+        *fc(dim, hidden, bn=bn != "none"),  # (N, d/4)
         # Neither BN nor ReLU here, for h regresses a target that may be anywhere: with BN on this output
         # training is unstable and the loss oscillates, though nothing collapses (Table 3d).
         *fc(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
@@ -205,6 +211,7 @@ class SimSiam(nn.Module):
         drawn, and the loss stays high, which is no collapse but no learning either (Table 1b).
     bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
     affine: scale and shift in the BN on z (Sec. 4.4).
+    Raises ValueError on another predictor or bn.
     """
 
     def __init__(
@@ -220,6 +227,10 @@ class SimSiam(nn.Module):
         affine: bool = False,
     ):
         super().__init__()
+        if predictor not in ("mlp", "none", "fixed"):
+            raise ValueError(f"unknown predictor {predictor!r}: choose mlp, none or fixed")
+        if bn not in ("none", "hidden", "default", "all"):
+            raise ValueError(f"unknown bn {bn!r}: choose none, hidden, default or all")
         self.backbone = backbone
         self.projector = build_projector(feature_dim, hidden, dim, layers, bn, affine)
         self.predictor = build_predictor(dim, predictor_hidden or max(1, dim // 4), bn)
@@ -244,12 +255,12 @@ class SimSiam(nn.Module):
 
 @torch.no_grad()
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of the unit vectors z / |z|, (N, d), times sqrt(d): a scalar.
+    """Standard deviation of the unit vectors z / |z|, (N, d), times sqrt(d): a scalar in [0, 1].
 
     1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle).
     """
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
-    # leave each with a standard deviation of 1 / sqrt(d). Measure this on z. On p it says little.
+    # leave each with a standard deviation of 1 / sqrt(d). It is defined on z; p does not replace it.
     # correction=0, so that one sample alone gives 0 and not nan.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
@@ -293,7 +304,7 @@ def knn_predict(
     # 1.28 million would be 256 GB. 2**25 entries of float32 are 128 MiB.
     for query in unit(features).split(max(1, chunk_elements // len(bank))):
         similarity, index = (query @ bank.T).topk(k, dim=1)  # (B, k), (B, k)
-        # Less the best one: the same vote after scaling, and no overflow at small temperatures.
+        # Subtracting the best similarity scales all votes alike, and keeps exp from overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # (B, k)
         votes = weight.new_zeros(len(query), len(classes))  # (B, C)
         votes.scatter_add_(1, positions[index], weight)

@@ -111,9 +111,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def command_line(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A parser whose every complaint is one line."""
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # what is not given is not there
+        allow_abbrev=False,
     )
     parser.error = lambda message: stop(f"{message}; see --help")
     return parser
@@ -127,18 +130,12 @@ def devices() -> list[str]:
     return [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count())), "cpu"]
 
 
-def check_device(device: str) -> None:
-    if device not in devices():
-        stop(f"--device {device} is not to be had here: choose from {', '.join(devices())}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     recipes = (RECIPES | {"a folder": IMAGENET}).items()
     lines = [f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes]
     title = "Pretrain SimSiam. The defaults depend on DATA and stand at the end."
     parser = command_line(title, "\n".join([*lines, COST]))
-    # A default of None means "not given", so that the checkpoint's or the recipe's value can take its place.
-    flag, switch = parser.add_argument, dict(action="store_true", default=None)
+    flag, switch = parser.add_argument, dict(action="store_true")
     size, share, rate = number(int, 1, 65536), number(float, 0, 1), number(float, 0, 1000)
     flag("data", nargs="?", metavar="DATA", help=f"{', '.join(RECIPES)}, or a folder (default: textures)")
     flag("--data-dir", help="for downloaded data sets (default: data)")
@@ -182,8 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--knn-every", type=number(int, 0, 10**6), help="epochs between kNN evaluations; 0: none")
     flag("--save-every", type=number(int, 1, 10**6), help="epochs between checkpoints (default: 1)")
     flag("--amp", choices=["auto", "off", "bf16", "fp16"], help="auto: bf16 where hardware has it")
-    flag("--compile", **switch, help="torch.compile: slow to start, faster then")
-    flag("--device", help="cpu, cuda or mps (default: the best there is)")
+    flag("--compile", **switch, help="torch.compile: slow to start; no faster on our CPU, not tried on a GPU")
+    flag("--device", choices=devices(), help="default: the first of these")
     flag("--workers", type=number(int, 0, 256), help="that decode a folder's images (default: 4)")
     flag("--tensorboard", **switch, help="write the metrics for TensorBoard too")
     flag("--benchmark", type=number(int, 1, 10**6), metavar="N", help="time N steps and exit")
@@ -192,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Checked arguments, and the checkpoint to resume from or None. Flags over checkpoint over recipe."""
-    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v is not None}
+    given = vars(build_parser().parse_args(argv))
     if given.get("data") == "":
         stop("DATA is empty: name a data set or a folder")
     if "data" in given and given["data"] not in RECIPES:
@@ -211,7 +208,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         eta_momentum=0.0, save_every=1, amp="auto", compile=False, workers=4, tensorboard=False,
         benchmark=0, device=devices()[0],
     )  # fmt: skip
-    fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID"))
+    fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     args = argparse.Namespace(**(recipe | saved | given | fixed))
     if args.warmup_epochs is None:
         args.warmup_epochs = 10 if args.batch_size >= 1024 else 0
@@ -221,7 +218,6 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
 def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Stops on values that are each right by themselves, but not together or not here."""
-    check_device(args.device)
     world, kind = process()[1], args.device.split(":")[0]
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
     for wrong, message in (
@@ -239,8 +235,8 @@ def check_args(args: argparse.Namespace, given: dict[str, Any]) -> None:
          f"--width is convnet's, and --arch is {args.arch}: drop one"),
         (("mean" in given) != ("std" in given),
          "--mean and --std go together: give both or none"),
-        (args.eta_momentum and (world > 1 or args.alternate > 1 or args.pairs > 1),
-         "--eta-momentum takes an image once a step, in one process: drop --pairs, --alternate, torchrun"),
+        (args.eta_momentum and (world, args.alternate, args.pairs, args.similarity) != (1, 1, 1, "cosine"),
+         "--eta-momentum is for one process: leave out --alternate, --pairs, --similarity and torchrun"),
         (args.no_stop_gradient and (args.eta_momentum or args.alternate > 1),
          "--no-stop-gradient: targets of --alternate and --eta-momentum have no gradient; drop one"),
         (args.tensorboard and not importlib.util.find_spec("tensorboard"),
@@ -275,7 +271,8 @@ def choose_run(given: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
         parts = {"model", "optimizer", "step"} <= checkpoint.keys()
         if not (parts and isinstance(checkpoint.get("args"), dict)):
             stop(f"{again / 'checkpoint.pt'} is not a checkpoint of train.py: name another --out")
-        if "resume" in given or checkpoint["args"].get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for no --rdzv-id
+        if "resume" in given or launch != "none" and checkpoint["args"].get("launch") == launch:
             return again, checkpoint
 
     def used(out: Path) -> bool:
@@ -464,11 +461,13 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
     parts = parts if all(part.is_dir() for part in parts) else [root]
     files = []
     for part in parts:
-        found = []
+        found, seen = [], set()
         for folder, folders, names in os.walk(part, followlinks=True):
-            if ".lock" in names:  # a run's OUT: its pictures are no data
+            real = os.path.realpath(folder)
+            if real in seen or {"checkpoint.pt", "views.png"} <= set(names):  # a loop, or a run's OUT
                 folders.clear()
             else:
+                seen.add(real)
                 found += [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
         files.append(sorted(found))
     rank, world = process()
@@ -700,7 +699,8 @@ def extract_features(
 
 def advice(loss: float, spread_: float, progress: float) -> str:
     """What to do about a run that has gone wrong, or "". Accuracy cannot tell the two apart (footnote 4)."""
-    if loss < -0.95 and spread_ < 0.3:
+    # In the README's table the spread is 0.34 without the stop-gradient, and 0.7 or more with it.
+    if loss < -0.9 and spread_ < 0.5:
         return (
             "collapsed: all z are alike (loss near -1, spread near 0). Is the stop-gradient there, and does "
             "each prediction meet the OTHER view? Then App. A's augmentations, and a lower --base-lr"
@@ -722,7 +722,8 @@ def setup_distributed(device: str) -> torch.device:
         stop(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start the processes with torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        check_device(device)  # fewer GPUs than processes
+        if device not in devices():
+            stop(f"{device} is not there: start no more processes than there are GPUs")
         torch.cuda.set_device(device)
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -888,7 +889,7 @@ class Trainer:
         self.steps, self.warmup = args.epochs * self.per_epoch, args.warmup_epochs * self.per_epoch
         self.sums = torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
         self.history: list[dict[str, Any]] = []  # a row for each epoch
-        self.began = time.time()
+        self.began, self.tensorboard = time.time(), None
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -978,8 +979,8 @@ class Trainer:
         predicted = knn_predict(features, bank, images.labels.to(bank.device)).cpu()
         return effective_rank(features[some]).item(), (predicted == test.labels).sum().item() / len(test)
 
-    def report(self, rate: float) -> dict[str, Any]:
-        """Measures, prints and returns the row of the epoch that ends here, and empties the sums."""
+    def report(self, rate: float) -> None:
+        """Measures, prints and writes the row of the epoch that ends here, and empties the sums."""
         args, epoch, seconds = self.args, self.step // self.per_epoch, time.time() - self.began
         loss, spread_ = (sum(gather((self.sums / self.per_epoch).cpu())) / self.world).tolist()
         self.sums.zero_()
@@ -988,6 +989,12 @@ class Trainer:
         row = dict(epoch=epoch, step=self.step, loss=loss, spread=spread_, rank=rank, knn=knn)
         row |= dict(lr=self.optimizer.param_groups[0]["lr"], images_per_second=rate, seconds=seconds)
         self.history.append(row)
+        if self.rank == 0:
+            with open(Path(args.out, "metrics.jsonl"), "a") as file:
+                file.write(json.dumps(row) + "\n")
+        for name, value in row.items() if self.tensorboard else ():
+            if value is not None:
+                self.tensorboard.add_scalar(name, value, self.step)
         say(
             f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {rank:5.1f}  "
             f"lr {row['lr']:.4f}  {rate:5.0f} images/s  {seconds * (args.epochs / epoch - 1):.0f} s left"
@@ -995,7 +1002,6 @@ class Trainer:
         )
         if args.similarity == "cosine" and (text := advice(loss, spread_, epoch / args.epochs)):
             say(f"warning: {text}", sys.stderr)
-        return row
 
     def save(self) -> None:
         state = self.state_dict()
@@ -1034,25 +1040,6 @@ def percent(knn: float | None) -> str:
 # The training
 
 
-def open_metrics(trainer: Trainer) -> Callable[[dict[str, Any]], None]:
-    """Brings metrics.jsonl to where the trainer stands. Returns a function that adds an epoch's row."""
-    path, writer = Path(trainer.args.out, "metrics.jsonl"), None
-    path.write_text("".join(json.dumps(row) + "\n" for row in trainer.history))
-    if trainer.args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(trainer.args.out, purge_step=trainer.step)
-
-    def write(row: dict[str, Any]) -> None:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if writer and value is not None:
-                writer.add_scalar(name, value, row["step"])
-
-    return write
-
-
 def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
     device, out = setup_distributed(args.device), Path(args.out)
@@ -1082,13 +1069,19 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
             save_views(images, args)
         rank, knn = trainer.monitor(knn=args.knn_every > 0)
         say(f"untrained: rank {rank:.1f}{percent(knn)}")
+    if chief:  # rows that a killed run wrote after its last checkpoint go
+        Path(out, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trainer.history))
+    if chief and args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.tensorboard = SummaryWriter(out, purge_step=trainer.step)
     with noted_signals() as signalled:
-        run(trainer, open_metrics(trainer) if chief else lambda row: None, signalled)
+        run(trainer, signalled)
     if args.export and chief:
         export_backbone(trainer.model.backbone, args.export)
 
 
-def run(trainer: Trainer, write: Callable[[dict[str, Any]], None], signalled: Callable[[], int]) -> None:
+def run(trainer: Trainer, signalled: Callable[[], int]) -> None:
     """The loop over the steps that are left."""
     args, terminal = trainer.args, trainer.rank == 0 and sys.stdout.isatty()
     trainer.model.train()
@@ -1096,19 +1089,18 @@ def run(trainer: Trainer, write: Callable[[dict[str, Any]], None], signalled: Ca
     for batch, indices in trainer.batches(range(trainer.step, trainer.steps)):
         trainer.update(batch, indices)
         epoch, position = divmod(trainer.step, trainer.per_epoch)
-        number = signalled()
+        number, ended = signalled(), position == 0
         # To read a number makes a GPU finish its work first: there, only now and then.
-        if trainer.device.type == "cpu" or position == 0 or number or trainer.step % 50 == 0:
+        if trainer.device.type == "cpu" or ended or number or trainer.step % 50 == 0:
             trainer.check([trainer.sums])
         if terminal:
             print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
-        if position == 0 or number:
+        if ended:
+            trainer.report((trainer.step - first) * args.batch_size / (time.time() - began))
+        if number or ended and (epoch % args.save_every == 0 or epoch == args.epochs):
             trainer.check(trainer.model.parameters())
-        if position == 0:
-            write(trainer.report((trainer.step - first) * args.batch_size / (time.time() - began)))
-        if number or position == 0 and (epoch % args.save_every == 0 or epoch == args.epochs):
             trainer.save()
-        if position == 0:
+        if ended:
             began, first = time.time(), trainer.step
         if number:
             name = signal.Signals(number).name
@@ -1136,10 +1128,10 @@ def benchmark(trainer: Trainer) -> None:
         if trainer.step == warm:
             spent.clear()
     step = spent.total() / args.benchmark
-    for phase, every in (("rank", 1), ("kNN", args.knn_every)):  # of an epoch, spread over its steps
-        trainer.monitor(knn=phase == "kNN" and every > 0)
+    for phase, every in [("rank", 1), ("kNN", args.knn_every)][: 1 + (args.knn_every > 0)]:
+        trainer.monitor(knn=phase == "kNN")
         mark(phase)
-        spent[phase] *= args.benchmark / trainer.per_epoch / every if every else 0
+        spent[phase] *= args.benchmark / trainer.per_epoch / every  # of an epoch, spread over its steps
     if cuda:
         memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
     else:
@@ -1157,29 +1149,27 @@ def benchmark(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def one_line_errors(status: int) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """What the machine, and not the code, is to blame for ends in one line too."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
-        stop("out of memory: take a smaller --batch-size or --image-size", status)
+        stop("out of memory: take a smaller --batch-size or --image-size", status=1)
     except (OSError, dist.DistError, RuntimeError) as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not lost and not isinstance(error, OSError):
             raise
-        text = str(error).strip().splitlines()[-1]  # behind a worker's traceback stands what it says
-        stop("another process has ended; the last checkpoint is whole" if lost else text, status)
+        text = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a worker's traceback
+        stop("another process has ended; the last checkpoint is whole" if lost else text, status=1)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The whole command, for a shell, a notebook or a test. SystemExit on a mistake and on a signal."""
-    with one_line_errors(2):
-        args, checkpoint = get_args(argv)
     try:
-        with one_line_errors(1):
-            train(args, checkpoint)
+        with one_line_errors():
+            train(*get_args(argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
