@@ -13,6 +13,7 @@ and the last epoch is reported: the best one on the test set would be chosen wit
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--features", metavar="FILE", help="write features and labels of both splits")
     flag("--export", metavar="FILE", help="write the backbone alone, for plain torchvision")
     flag("--device", choices=devices(), help="default: the first of these")
-    flag("--workers", type=number(int, 0, 256), help="processes that decode a folder's images (default: 4)")
+    flag("--workers", type=number(int, 0, 256), help="that decode a folder's images (default: up to 4)")
     return parser
 
 
@@ -106,7 +107,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     if data is None:
         stop(f"which images? {given['checkpoint']} does not say: add --data")
     recipe = RECIPES.get(data, IMAGENET) | dict(
-        data=data, data_dir="data", holdout=False, seed=0, workers=4, labels_per_class=None,
+        data=data, data_dir="data", holdout=False, seed=0, labels_per_class=None,
+        workers=min(4, os.cpu_count() or 1),
         official=False, features=None, export=None, batch_size=None, base_lr=None, device=devices()[0],
     )  # fmt: skip
     # The run's own seed, device and the like are not the evaluation's.
@@ -117,7 +119,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         args.crop_min = 0.08  # torchvision's default, which the authors' probe uses
     check_new_file("--features", args.features)
     check_new_file("--export", args.export)
-    if args.export is not None and args.export == args.features:
+    if args.export and args.features and os.path.realpath(args.export) == os.path.realpath(args.features):
         stop(f"--export and --features are both {args.export}: name two files")
     return args, content
 
@@ -293,7 +295,11 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or args.task == "finetune", "the probe changed the backbone"
     if args.checkpoint not in ("random", "pixels"):
-        save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
+        path = Path(args.checkpoint).with_name("neighbors.png")
+        try:
+            save_neighbors(train, test, bank, features, path)
+        except OSError as error:
+            print(f"no picture in {path} ({error.strerror})")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -440,10 +440,22 @@ def test_fashion_mnist_is_read_from_its_own_files_and_becomes_rgb(tmp_path):
     assert all(torch.equal(test.source[:, c], last) for c in range(3))
 
 
-def test_without_network_one_line_says_where_the_archive_belongs(capsys, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
+def test_a_damaged_archive_leaves_nothing_that_passes_for_the_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    write_fashion_mnist(tmp_path / "data")
+    archive = tmp_path / "data/FashionMNIST/raw/train-images-idx3-ubyte.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    fails(["fashion-mnist"], capsys)
+    archive.write_bytes(whole)
+    assert len(train.load_data(train.get_args(["fashion-mnist"])[0])[0]) == 40
 
+
+def no_network(*args, **kwargs):
+    raise OSError("no network")
+
+
+def test_without_network_one_line_says_where_the_archive_belongs(capsys, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz"), ("fashion-mnist", ".gz files")):
         line = fails([name, "--data-dir", "here"], capsys)
@@ -497,6 +509,9 @@ def test_every_mode_of_image_becomes_upright_rgb(tmp_path):
     exif[0x0112] = 6  # lies on its side
     turned.save(tmp_path / "exif.jpg", exif=exif)
     assert train.decode(str(tmp_path / "exif.jpg")).shape == (3, 6, 4)
+    (tmp_path / "exif.webp").write_bytes(b"")
+    turned.save(tmp_path / "exif.webp", exif=b"Exif\0\0junk")  # unreadable: the picture counts
+    assert train.decode(str(tmp_path / "exif.webp")).shape == (3, 4, 6)
 
 
 def test_broken_files_are_named_and_left_out_before_the_training(tmp_path, capsys):
@@ -1139,6 +1154,41 @@ def test_nan_stops_at_its_step_and_keeps_the_last_checkpoint(small_textures, cap
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5
 
 
+def test_a_run_that_began_later_and_ended_earlier_is_not_overwritten(small_textures, capsys):
+    args, _ = train.get_args(SMALL)
+    train.main(SMALL)
+    before = Path("runs/textures/checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        train.train(args, None)
+    assert exit_.value.code == 2 and "taken by another run" in capsys.readouterr().err
+    assert Path("runs/textures/checkpoint.pt").read_bytes() == before
+
+
+def test_a_closed_terminal_or_pipe_does_not_end_the_training(small_textures, monkeypatch):
+    closed = types.SimpleNamespace(write=no_network, flush=no_network, isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdout", closed)
+    train.main([*SMALL, "--out", "run"])
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10
+
+
+def test_what_is_left_of_an_earlier_torchrun_counts_for_nothing(monkeypatch):
+    for rank, world in (("1", None), ("x", "2"), ("1", "0"), ("1", ""), (None, "4")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        assert train.process() == (0, 1)
+
+
+def test_a_folder_may_move_but_not_change_before_a_resume(tmp_path, capsys):
+    photos = write_folder(tmp_path / "photos", parts=["."])
+    train.main(["photos", *FOLDER, "--out", "run"])
+    moved = photos.rename(tmp_path / "moved")
+    train.main([str(moved), "--resume", "--out", "run"])
+    (moved / "cat/0.jpg").rename(moved / "dog/9.jpg")  # as many as before, in another order
+    assert "images of other names" in fails([str(moved), "--resume", "--out", "run"], capsys)
+    (moved / "dog/9.jpg").unlink()
+    assert "12 images, and now 11" in fails([str(moved), "--resume", "--out", "run"], capsys)
+
+
 def test_two_runs_in_one_folder_the_second_refuses(small_textures, capsys):
     lock = train.claim(Path("run"))
     # In this process the lock would be granted again: ask from another one.
@@ -1194,6 +1244,15 @@ def test_nohup_is_respected_and_a_signal_to_the_whole_group_reaches_no_worker(tm
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "SIGTERM at step" in out, err
+
+
+def test_an_image_lost_during_the_training_ends_it_in_one_line(tmp_path):
+    write_folder(tmp_path / "photos")
+    process = start(HERE / "train.py", "photos", *FOLDER, "--workers", "1", "--epochs", "5000", "--out", "run")
+    wait_for(process, "epoch   1/")
+    (tmp_path / "photos/train/cat/1.png").unlink()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "photos/train/cat/1.png" in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_a_restart_by_torchrun_goes_on_with_its_own_run_only(small_textures, monkeypatch, capsys):

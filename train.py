@@ -79,20 +79,24 @@ MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", 
 
 
 def process() -> tuple[int, int]:
-    """Rank and world size, as torchrun set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Rank and world size, as torchrun set them. What is left of an earlier torchrun counts for nothing."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    several = rank.isdecimal() and world.isdecimal() and int(world) > 1
+    return (int(rank), int(world)) if several else (0, 1)
 
 
-def say(message: str, file: TextIO | None = None) -> None:
+def say(message: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints once, however many processes there are."""
     if process()[0] == 0:
-        print(message, file=file, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal or pipe does not end a training
+            message = message.encode(errors="backslashreplace").decode()  # file names may be any bytes
+            print(message, file=file, end=end, flush=True)
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Ends the program for something the user can mend: one line on stderr, no traceback."""
     # A mistake is made on all ranks, and told once a machine; a fault happens on one of them.
-    if status == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+    if status == 1 or process()[1] == 1 or os.environ.get("LOCAL_RANK") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -181,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--amp", choices=["auto", "off", "bf16", "fp16"], help="auto: bf16 where hardware has it")
     flag("--compile", **switch, help="torch.compile: slow to start; no faster on our CPU, not tried on a GPU")
     flag("--device", choices=devices(), help="default: the first of these")
-    flag("--workers", type=number(int, 0, 256), help="that decode a folder's images (default: 4)")
+    flag("--workers", type=number(int, 0, 256), help="that decode a folder's images (default: up to 4)")
     flag("--tensorboard", **switch, help="write the metrics for TensorBoard too")
     flag("--benchmark", type=number(int, 1, 10**6), metavar="N", help="time N steps and exit")
     return parser
@@ -190,14 +194,16 @@ def build_parser() -> argparse.ArgumentParser:
 def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Checked arguments, and the checkpoint to resume from or None. Flags over checkpoint over recipe."""
     given = vars(build_parser().parse_args(argv))
-    if given.get("data") == "":
-        stop("DATA is empty: name a data set or a folder")
+    for name in ("data", "out"):
+        if given.get(name) == "":
+            stop(f"{name.upper()} is empty: name a data set or a folder")
     if "data" in given and given["data"] not in RECIPES:
-        given["data"] = str(Path(given["data"]).resolve())  # to be found again from another folder
+        given["data"] = os.path.realpath(given["data"])  # to be found again from another folder
     out, checkpoint = choose_run(given)
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ONLY_GIVEN} if checkpoint else {}
     for name in given.keys() & saved.keys() - set(MAY_CHANGE):
-        if given[name] != saved[name]:
+        moved = name == "data" and not {given[name], saved[name]} & RECIPES.keys()  # a folder
+        if given[name] != saved[name] and not moved:
             was, is_ = saved[name], given[name]
             stop(f"--resume: {out} runs with {name} {was}, not {is_}: leave it out or choose another --out")
     data = given.get("data", saved.get("data", "textures"))
@@ -205,8 +211,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None,
         decay_predictor_lr=False, no_stop_gradient=False, predictor="mlp", predictor_hidden=None,
         bn="default", affine=False, similarity="cosine", asymmetric=False, pairs=1, alternate=1,
-        eta_momentum=0.0, save_every=1, amp="auto", compile=False, workers=4, tensorboard=False,
-        benchmark=0, device=devices()[0],
+        eta_momentum=0.0, save_every=1, amp="auto", compile=False, tensorboard=False, benchmark=0,
+        workers=min(4, os.cpu_count() or 1), device=devices()[0],
     )  # fmt: skip
     fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     args = argparse.Namespace(**(recipe | saved | given | fixed))
@@ -336,7 +342,12 @@ class Images(torch.utils.data.Dataset):
 def decode(path: str) -> Tensor:
     """uint8 RGB (3, H, W), upright, from whatever the file holds: gray, palette, CMYK, 16 bits, alpha."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+        try:
+            image = ImageOps.exif_transpose(file)
+        except OSError:  # the file can't be read
+            raise
+        except Exception:  # its EXIF data can't
+            image = file.copy()
         if image.mode.startswith("I"):  # 16 bits; converted as they are, all above 255 would turn white
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         return v2.functional.pil_to_tensor(image.convert("RGB"))
@@ -434,12 +445,16 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     try:
         # torchvision unpacks only archives with its own mirror's checksums; others hold the same content.
         for archive in Path(root, "FashionMNIST", "raw").glob("*.gz"):
-            if name == "fashion-mnist" and not archive.with_suffix("").exists():
-                sets.utils.extract_archive(str(archive))
+            if name == "fashion-mnist" and not (whole := archive.with_suffix("")).exists():
+                try:
+                    sets.utils.extract_archive(str(archive))
+                except Exception:  # a damaged archive leaves a part, which would pass for the whole
+                    whole.unlink(missing_ok=True)
+                    raise
         dataset = kind(root, train=is_train, download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, damaged
         reason = [*str(error).splitlines(), type(error).__name__][0]
-        gz = "the four .gz files, in FashionMNIST/raw"
+        gz = "FashionMNIST/raw, with the four .gz files in it,"
         archive = gz if name == "fashion-mnist" else Path(kind.url).name
         stop(f"{name} is not in {root}, and no download ({reason}): put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
@@ -447,6 +462,10 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
     images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
     images = images.unsqueeze(1).expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Images(images.contiguous(), torch.as_tensor(dataset.targets))
+
+
+def unreadable(error: OSError) -> NoReturn:
+    stop(f"{error.filename}: {error.strerror}; make it readable, or move it away", status=1)
 
 
 def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
@@ -462,13 +481,14 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
     files = []
     for part in parts:
         found, seen = [], set()
-        for folder, folders, names in os.walk(part, followlinks=True):
+        for folder, folders, names in os.walk(part, onerror=unreadable, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen or {"checkpoint.pt", "views.png"} <= set(names):  # a loop, or a run's OUT
                 folders.clear()
             else:
                 seen.add(real)
-                found += [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
+                paths = [os.path.join(folder, name) for name in names if name.lower().endswith(extensions)]
+                found += filter(os.path.isfile, paths)
         files.append(sorted(found))
     rank, world = process()
     mine = sum(files, [])[rank::world]
@@ -522,14 +542,14 @@ def load(images: Images, requests: Iterable[tuple[str, Tensor]], workers: int) -
         batch_size=None,  # a request is a batch already
         num_workers=0 if isinstance(images.source, Tensor) else workers,  # from memory a gather is quicker
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals,
+        worker_init_fn=leave_group,
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal may reach a whole group of processes. What to do about it is the trainer's business."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """Ctrl-C and the like reach the whole process group. What to do about it is the trainer's business."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -718,8 +738,8 @@ def setup_distributed(device: str) -> torch.device:
     """Joins the other processes, if torchrun's environment tells of any. The device of this one."""
     if process()[1] == 1:
         return torch.device(device)
-    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        stop(f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: start the processes with torchrun")
+    if missing := {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        stop(f"RANK and WORLD_SIZE are set, but not {', '.join(sorted(missing))}: start it with torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         if device not in devices():
@@ -764,8 +784,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"checksum of {broken}")  # torch.load does not look at the checksums
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        stop(f"{path}: there is no such file; check the path")
+    except OSError as error:
+        stop(f"{path} can't be opened ({error.strerror}): check the path")
     except Exception as error:  # what a damaged file raises has no common type
         kind = type(error).__name__
         stop(f"{path} is damaged or not a checkpoint ({kind}); take another one, or start anew")
@@ -793,7 +813,7 @@ def save_views(images: Images, args: argparse.Namespace) -> None:
 def claim(out: Path) -> BinaryIO:
     """Makes OUT this process's own, as long as the returned file is open."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "wb")
+    lock = open(out / ".lock", "ab")
     try:
         import fcntl  # Windows has none, and there two runs in one folder are not noticed
 
@@ -890,6 +910,8 @@ class Trainer:
         self.sums = torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
         self.history: list[dict[str, Any]] = []  # a row for each epoch
         self.began, self.tensorboard = time.time(), None
+        files = [] if isinstance(images.source, Tensor) else images.source
+        self.names = seed_of([os.path.relpath(path, args.data) for path in files])  # to notice another order
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -959,7 +981,7 @@ class Trainer:
         if not all(value.isfinite().all() for value in values):
             lr, file = self.optimizer.param_groups[0]["lr"], Path(self.args.out, "checkpoint.pt")
             where = f"step {self.step}, lr {lr:.4g}, amp {self.amp or 'off'}"
-            remedy = f"lower --base-lr, or --amp off. {file} is from before"
+            remedy = f"lower --base-lr or --weight-decay, or --amp off. {file} is from before"
             stop(f"loss or weights are not finite at {where}: {remedy}", status=1)
 
     def monitor(self, knn: bool) -> tuple[float, float | None]:
@@ -1010,24 +1032,26 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in PARTS}
-        plain = dict(step=self.step, n=len(self.images), world=self.world, history=self.history)
-        plain |= dict(seconds=time.time() - self.began, sums=gather(self.sums.tolist()), args=vars(self.args))
-        return parts | plain
+        plain = dict(step=self.step, n=len(self.images), names=self.names, world=self.world)
+        plain |= dict(history=self.history, seconds=time.time() - self.began, args=vars(self.args))
+        return parts | plain | dict(sums=gather(self.sums.tolist()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stops where it does not fit. All or nothing: what was loaded by then is not used."""
         try:
             for name in PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.step, self.history, n, world = (state[name] for name in ("step", "history", "n", "world"))
-            self.began -= state["seconds"]
+            self.history, n, names, world = (state[name] for name in ("history", "n", "names", "world"))
+            self.step, self.began = int(state["step"]), self.began - state["seconds"]
             sums = torch.tensor(state["sums"])  # (processes, 2)
             self.sums.copy_(sums[self.rank] if world == self.world else sums.mean(dim=0))
         except Exception as error:  # whatever a file of the right form may hold
             kind = type(error).__name__
             stop(f"{self.args.out}/checkpoint.pt does not fit this run ({kind}): name another --out")
-        if n != (now := len(self.images)):
-            stop(f"--resume: {self.args.data} had {n} images, and now {now}: restore them, or start anew")
+        now = len(self.images)
+        if (n, names) != (now, self.names) or not 0 <= self.step <= self.steps:
+            had = f"{n} images, and now {now}" if n != now else "images of other names, or another length"
+            stop(f"--resume: {self.args.data} had {had}: restore them, or start anew")
         if world != self.world:
             say(f"warning: {world} processes before, {self.world} now: other bits", sys.stderr)
 
@@ -1051,6 +1075,8 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
     if args.benchmark:
         return benchmark(trainer)
     lock = claim(out) if chief else None  # noqa: F841 (held until the end)
+    if chief and not checkpoint and (out / "checkpoint.pt").exists():
+        stop(f"--out {out} was taken by another run in the meantime: name another folder")
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     if len(set(gather(trainer.step))) > 1:
@@ -1083,7 +1109,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
 
 def run(trainer: Trainer, signalled: Callable[[], int]) -> None:
     """The loop over the steps that are left."""
-    args, terminal = trainer.args, trainer.rank == 0 and sys.stdout.isatty()
+    args, terminal = trainer.args, sys.stdout and sys.stdout.isatty()
     trainer.model.train()
     began, first = time.time(), trainer.step
     for batch, indices in trainer.batches(range(trainer.step, trainer.steps)):
@@ -1094,11 +1120,12 @@ def run(trainer: Trainer, signalled: Callable[[], int]) -> None:
         if trainer.device.type == "cpu" or ended or number or trainer.step % 50 == 0:
             trainer.check([trainer.sums])
         if terminal:
-            print(f"\rstep {position}/{trainer.per_epoch} \r", end="", flush=True)
+            say(f"\rstep {position}/{trainer.per_epoch} \r", end="")
+        if ended or number:
+            trainer.check(trainer.model.state_dict().values())
         if ended:
             trainer.report((trainer.step - first) * args.batch_size / (time.time() - began))
         if number or ended and (epoch % args.save_every == 0 or epoch == args.epochs):
-            trainer.check(trainer.model.parameters())
             trainer.save()
         if ended:
             began, first = time.time(), trainer.step
@@ -1158,8 +1185,10 @@ def one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:
         stop("out of memory: take a smaller --batch-size or --image-size", status=1)
     except (OSError, dist.DistError, RuntimeError) as error:
+        if "can't allocate memory" in str(error):  # as the CPU says it
+            stop("out of memory: take a smaller --batch-size or --image-size", status=1)
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not lost and not isinstance(error, OSError):
+        if not (lost or isinstance(error, OSError) or "DataLoader worker" in str(error)):
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a worker's traceback
         stop("another process has ended; the last checkpoint is whole" if lost else text, status=1)
