@@ -71,10 +71,10 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
     """
     # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
     # the encoder through p only. Take the detach away and both sides move towards each other; the
-    # fastest way to meet is to map every image to one vector. The loss is soon -1
-    # and the features are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without
-    # (Fig. 2). Negatives, a momentum encoder or a large batch are not needed. A predictor is: without
-    # one, the detach only halves the gradient of a loss that collapses (Sec. 4.2, Table 1a: 0.1 %).
+    # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
+    # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
+    # encoder or a large batch are not needed. A predictor is: without one, the detach only halves the
+    # gradient of a loss that collapses (Sec. 4.2; 0.1 %, Table 1a).
     # Why it works is argued in Sec. 5: like k-means or EM, training alternates between two unknowns,
     # the weights and one target vector an image, and each step holds the other one fixed. That
     # explains the detach; that this alternation never ends in a constant is observed, not proved.

@@ -909,7 +909,7 @@ class Trainer:
         self.steps, self.warmup = args.epochs * self.per_epoch, args.warmup_epochs * self.per_epoch
         self.sums = torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
         self.history: list[dict[str, Any]] = []  # a row for each epoch
-        self.began, self.tensorboard = time.time(), None
+        self.began, self.advised, self.tensorboard = time.time(), "", None
         files = [] if isinstance(images.source, Tensor) else images.source
         self.names = seed_of([os.path.relpath(path, args.data) for path in files])  # to notice another order
         torch.manual_seed(args.seed)  # the same weights on every rank
@@ -1022,8 +1022,10 @@ class Trainer:
             f"lr {row['lr']:.4f}  {rate:5.0f} images/s  {seconds * (args.epochs / epoch - 1):.0f} s left"
             f"{percent(knn)}"
         )
-        if args.similarity == "cosine" and (text := advice(loss, spread_, epoch / args.epochs)):
+        text = advice(loss, spread_, epoch / args.epochs) if args.similarity == "cosine" else ""
+        if text not in ("", self.advised):
             say(f"warning: {text}", sys.stderr)
+        self.advised = text
 
     def save(self) -> None:
         state = self.state_dict()
