@@ -1149,17 +1149,18 @@ def test_a_failed_write_keeps_the_last_checkpoint(pretrained, capsys, monkeypatc
     assert not list(Path("run").glob(".*.tmp"))
 
 
-def test_nan_stops_at_its_step_and_keeps_the_last_checkpoint(small_textures, capsys, monkeypatch):
+@pytest.mark.parametrize("what, when", [("sums", 7), ("buffers", 10)])  # 10: the end of the second epoch
+def test_nan_stops_at_its_step_and_keeps_the_last_checkpoint(small_textures, capsys, monkeypatch, what, when):
     update = train.Trainer.update
 
     def poisoned(self, *args):
         update(self, *args)
-        if self.step == 7:
-            self.sums += math.nan
+        if self.step == when:
+            (self.sums if what == "sums" else self.model.backbone[1].running_var).fill_(math.nan)
 
     monkeypatch.setattr(train.Trainer, "update", poisoned)
     line = fails([*SMALL, "--out", "run"], capsys, status=1)
-    assert "step 7" in line and "lr" in line and "amp" in line
+    assert f"step {when}" in line and "lr" in line and "amp" in line
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5
 
 
@@ -1266,9 +1267,11 @@ def test_a_restart_by_torchrun_goes_on_with_its_own_run_only(small_textures, mon
     train.main([*SMALL, "--epochs", "1", "--out", "run"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.get_args([*SMALL, "--epochs", "1", "--out", "run"])[1]["step"] == 5
-    for other in ("two", "none"):  # torchrun's word for no id
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
-        assert "in use" in fails([*TINY, "--out", "run"], capsys)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert "in use" in fails([*TINY, "--out", "run"], capsys)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for no id: no two launches are the same
+    train.main([*SMALL, "--epochs", "1", "--out", "other"])
+    assert "in use" in fails([*SMALL, "--epochs", "1", "--out", "other"], capsys)
 
 
 def test_a_damaged_line_of_metrics_does_not_stop_a_resume(small_textures):
