@@ -44,6 +44,7 @@ from train import (
     process,
     read_checkpoint,
     replace_file,
+    say,
     schedule,
     stop,
 )
@@ -104,7 +105,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     if ("mean" in given) != ("std" in given):
         stop("--mean and --std go together: give both or none")
     data = given.get("data", saved.get("data"))
-    if data is None:
+    if not data:
         stop(f"which images? {given['checkpoint']} does not say: add --data")
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, seed=0, labels_per_class=None,
@@ -159,7 +160,7 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
         except (RuntimeError, AttributeError, TypeError) as error:
             reason = re.sub(r"\s+", " ", str(error)).split(": ", 1)[-1][:200]
             stop(f"{args.checkpoint} does not fit --arch {args.arch} --stem {args.stem}: {reason}")
-        print(f"{args.checkpoint}: all {len(weights)} tensors of {args.arch} loaded")
+        say(f"{args.checkpoint}: all {len(weights)} tensors of {args.arch} loaded")
     return backbone.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
 
@@ -284,14 +285,14 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         written = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in both.items()}
         replace_file(Path(args.features), written)
     n, d = bank.shape
-    print(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
+    say(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for args.task in [args.task] if args.task else ["knn", "linear"]:
         if args.task == "knn":
             labels = knn_predict(features, bank, train.labels.to(bank.device), args.k, args.temperature)
-            print(f"knn (k={args.k}, T={args.temperature}): {top1(labels, test)}", flush=True)
+            say(f"knn (k={args.k}, T={args.temperature}): {top1(labels, test)}")
         else:
-            print(probe(backbone, train, test, bank, features, args), flush=True)
+            say(probe(backbone, train, test, bank, features, args))
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or args.task == "finetune", "the probe changed the backbone"
     if args.checkpoint not in ("random", "pixels"):
@@ -299,7 +300,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         try:
             save_neighbors(train, test, bank, features, path)
         except OSError as error:
-            print(f"no picture in {path} ({error.strerror})")
+            say(f"no picture in {path} ({error.strerror})")
 
 
 def main(argv: list[str] | None = None) -> None:

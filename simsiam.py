@@ -73,8 +73,8 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
     # the encoder through p only. Take the detach away and both sides move towards each other; the
     # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
     # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
-    # encoder or a large batch are not needed. A predictor is: without one, the detach only halves the
-    # gradient of a loss that collapses (Sec. 4.2; 0.1 %, Table 1a).
+    # encoder or a large batch are not needed. A predictor is: without one, the symmetrized loss has the
+    # same gradient with the detach as without it, only half as long, and collapses (Sec. 4.2, Table 1a).
     # Why it works is argued in Sec. 5: like k-means or EM, training alternates between two unknowns,
     # the weights and one target vector an image, and each step holds the other one fixed. That
     # explains the detach; that this alternation never ends in a constant is observed, not proved.
@@ -101,7 +101,7 @@ def simsiam_loss(
     `options` are those of D.
     """
     # Each view serves once as the source and once as the target. One direction alone also works, at
-    # 64.8 instead of 68.1 %: it just makes half as many predictions an image (Sec. 4.6).
+    # 64.8 instead of 68.1 %: it makes only half as many predictions per image (Sec. 4.6).
     if not symmetric:
         return D(p1, z2, **options)
     return D(p1, z2, **options) / 2 + D(p2, z1, **options) / 2
@@ -133,7 +133,8 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     arch: "convnet" (of that `width`) or the name of any ResNet in torchvision ("resnet18", "resnet50").
     stem: of a ResNet; "imagenet" for images of about 224 pixels, "cifar" for about 32.
     The ResNets keep torchvision's parameter names, so plain torchvision loads their state_dict, and
-    only `fc` is missing. Raises ValueError on an unknown arch or stem.
+    only `fc` is missing (and with the CIFAR stem conv1 has its own shape). Raises ValueError on an
+    unknown arch or stem.
     """
     resnets = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
     if arch not in ["convnet", *resnets]:
@@ -207,8 +208,8 @@ class SimSiam(nn.Module):
     predictor_hidden: the bottleneck of h, by default dim // 4 (App. B).
 
     The last three repeat the paper's ablations:
-    predictor: "mlp"; "none", h is the identity and all collapses (Table 1a); "fixed", h stays as it was
-        drawn, and the loss stays high, which is no collapse but no learning either (Table 1b).
+    predictor: "mlp"; "none", h is the identity and all collapses (Table 1a); "fixed", h keeps its random
+        first weights, and the loss stays high, which is no collapse but no learning either (Table 1b).
     bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
     affine: scale and shift in the BN on z (Sec. 4.4).
     Raises ValueError on another predictor or bn.

@@ -1175,17 +1175,20 @@ def test_a_run_that_began_later_and_ended_earlier_is_not_overwritten(small_textu
 
 
 def test_a_closed_terminal_or_pipe_does_not_end_the_training(small_textures, monkeypatch):
-    closed = types.SimpleNamespace(write=no_network, flush=no_network, isatty=lambda: True)
+    closed = types.SimpleNamespace(write=no_network, flush=no_network, isatty=lambda: True, closed=False)
     monkeypatch.setattr(sys, "stdout", closed)
     train.main([*SMALL, "--out", "run"])
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10
 
 
-def test_what_is_left_of_an_earlier_torchrun_counts_for_nothing(monkeypatch):
+def test_what_is_left_of_an_earlier_torchrun_counts_for_nothing(monkeypatch, capsys):
     for rank, world in (("1", None), ("x", "2"), ("1", "0"), ("1", ""), (None, "4")):
         for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
             monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
         assert train.process() == (0, 1)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start it with torchrun" in fails(TINY, capsys)
 
 
 def test_a_folder_may_move_but_not_change_before_a_resume(tmp_path, capsys):

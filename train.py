@@ -73,7 +73,7 @@ COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Flags that count only where they are given: what a checkpoint says of them does not.
-ONLY_GIVEN = ["resume", "export", "compile", "tensorboard", "device"]
+ONLY_GIVEN = ["resume", "export", "compile", "tensorboard", "device", "benchmark"]
 # What a resumed run may change, for it does not define the training (amp and compile only round differently).
 MAY_CHANGE = [*ONLY_GIVEN, "data_dir", "out", "knn_every", "save_every", "amp", "workers"]
 
@@ -88,16 +88,17 @@ def process() -> tuple[int, int]:
 def say(message: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints once, however many processes there are."""
     if process()[0] == 0:
-        with contextlib.suppress(OSError):  # a closed terminal or pipe does not end a training
-            message = message.encode(errors="backslashreplace").decode()  # file names may be any bytes
+        code = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+        message = message.encode(code, "backslashreplace").decode(code)  # file names may be any bytes
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe does not end a training
             print(message, file=file, end=end, flush=True)
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """Ends the program for something the user can mend: one line on stderr, no traceback."""
     # A mistake is made on all ranks, and told once a machine; a fault happens on one of them.
-    if status == 1 or process()[1] == 1 or os.environ.get("LOCAL_RANK") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    if status == 1 or process()[1] == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error:", *message.splitlines(), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--data-dir", help="for downloaded data sets (default: data)")
     flag("--holdout", **switch, help="test on a tenth of the training set kept apart, not on the test set")
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
-    flag("--resume", **switch, help="continue the run in --out, or the latest one")
+    flag("--resume", **switch, help="continue the run in --out, or the latest one, by its own flags")
     flag("--export", metavar="FILE", help="at the end write the backbone alone, for plain torchvision")
     # model
     flag("--arch", help="convnet, or a ResNet of torchvision by name")
@@ -202,10 +203,11 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     out, checkpoint = choose_run(given)
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ONLY_GIVEN} if checkpoint else {}
     for name in given.keys() & saved.keys() - set(MAY_CHANGE):
-        moved = name == "data" and not {given[name], saved[name]} & RECIPES.keys()  # a folder
-        if given[name] != saved[name] and not moved:
-            was, is_ = saved[name], given[name]
-            stop(f"--resume: {out} runs with {name} {was}, not {is_}: leave it out or choose another --out")
+        was, now = saved[name], given[name]
+        if was != now and name == "data" and not {was, now} & RECIPES.keys():
+            say(f"warning: {out} ran on {was}, and goes on with {now}", sys.stderr)
+        elif was != now:
+            stop(f"--resume: {out} runs with {name} {was}, not {now}: leave it out or choose another --out")
     data = given.get("data", saved.get("data", "textures"))
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None,
@@ -288,7 +290,8 @@ def choose_run(given: dict[str, Any]) -> tuple[Path, dict[str, Any] | None]:
         names = (f"{name}-{i}" if i > 1 else name for i in range(1, 10**6))
         return next(out for out in (Path("runs", name) for name in names) if not used(out)), None
     if used(again):
-        stop(f"--out {again} is in use: add --resume to continue that run, or name a new folder")
+        hint = " (restarts do so only with --standalone or --rdzv-id)" if restarted else ""
+        stop(f"--out {again} is in use: add --resume to continue that run{hint}, or name a new folder")
     return again, None
 
 
@@ -483,6 +486,7 @@ def load_folder(args: argparse.Namespace) -> tuple[Images, Images | None]:
         found, seen = [], set()
         for folder, folders, names in os.walk(part, onerror=unreadable, followlinks=True):
             real = os.path.realpath(folder)
+            folders.sort()  # the same order everywhere
             if real in seen or {"checkpoint.pt", "views.png"} <= set(names):  # a loop, or a run's OUT
                 folders.clear()
             else:
@@ -747,10 +751,14 @@ def setup_distributed(device: str) -> torch.device:
         torch.cuda.set_device(device)
     # gloo beside nccl: the ranks agree on when to stop without waiting for their GPUs.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    store, rank, world = next(dist.rendezvous("env://"))
-    # On a restart, torchrun 2.14's store was seen to hold the addresses of the processes that had died.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # On a restart, torchrun 2.14's store was seen to hold the addresses of the processes that had died.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        stop(f"cannot reach the other processes ({reason}): check MASTER_ADDR and MASTER_PORT", status=1)
     return torch.device(device)
 
 
@@ -773,9 +781,10 @@ def replace_file(path: Path, content: Any) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns one into the other
-        beside.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         stop(f"cannot write {path} ({reason}); what was there before is untouched", status=1)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -812,8 +821,11 @@ def save_views(images: Images, args: argparse.Namespace) -> None:
 
 def claim(out: Path) -> BinaryIO:
     """Makes OUT this process's own, as long as the returned file is open."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / ".lock", "ab")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "ab")
+    except OSError as error:
+        stop(f"--out {out} can't be made ({error.strerror}): name another folder")
     try:
         import fcntl  # Windows has none, and there two runs in one folder are not noticed
 
@@ -835,8 +847,9 @@ def noted_signals() -> Iterator[Callable[[], int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.fill_(number)
-        # torchrun passes on what the terminal has delivered to all already; it kills by itself if need be.
-        signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
+        for number in before:
+            # torchrun passes on what the terminal has sent to all already; it kills by itself if need be.
+            signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
 
     def agreed() -> int:
         number = noted.clone()
@@ -1111,7 +1124,7 @@ def train(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
 
 def run(trainer: Trainer, signalled: Callable[[], int]) -> None:
     """The loop over the steps that are left."""
-    args, terminal = trainer.args, sys.stdout and sys.stdout.isatty()
+    args, terminal = trainer.args, sys.stdout and not sys.stdout.closed and sys.stdout.isatty()
     trainer.model.train()
     began, first = time.time(), trainer.step
     for batch, indices in trainer.batches(range(trainer.step, trainer.steps)):
@@ -1157,7 +1170,8 @@ def benchmark(trainer: Trainer) -> None:
         if trainer.step == warm:
             spent.clear()
     step = spent.total() / args.benchmark
-    for phase, every in [("rank", 1), ("kNN", args.knn_every)][: 1 + (args.knn_every > 0)]:
+    labelled = trainer.test is not None and trainer.test.labels is not None
+    for phase, every in [("rank", 1), ("kNN", args.knn_every)][: 1 + (labelled and args.knn_every > 0)]:
         trainer.monitor(knn=phase == "kNN")
         mark(phase)
         spent[phase] *= args.benchmark / trainer.per_epoch / every  # of an epoch, spread over its steps
