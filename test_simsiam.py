@@ -1116,6 +1116,12 @@ def test_damaged_and_hostile_checkpoints_are_refused_in_one_line_and_never_execu
     for content in ({"state_dict": {}}, [1, 2], {"model": {}, "optimizer": {}, "step": 0, "args": {"batch_size": 100}}):
         torch.save(content, "run/checkpoint.pt")
         fails(["--resume", "--out", "run"], capsys)
+    Path("run/checkpoint.pt").write_bytes(whole)
+    good = torch.load("run/checkpoint.pt", weights_only=True)
+    wrong = [dict(args=good["args"] | {name: value}) for name, value in (("batch_size", "x"), ("dim", 1.5), ("data", 3))]
+    for change in (*wrong, dict(history="abc"), dict(history=3), dict(step=10**9), dict(step="x"), dict(n=3)):
+        torch.save(good | change, "run/checkpoint.pt")
+        fails(["--resume", "--out", "run"], capsys)
     assert not Path("executed").exists()
 
 

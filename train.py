@@ -202,13 +202,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         given["data"] = os.path.realpath(given["data"])  # to be found again from another folder
     out, checkpoint = choose_run(given)
     saved = {k: v for k, v in checkpoint["args"].items() if k not in ONLY_GIVEN} if checkpoint else {}
-    for name in given.keys() & saved.keys() - set(MAY_CHANGE):
-        was, now = saved[name], given[name]
-        if was != now and name == "data" and not {was, now} & RECIPES.keys():
-            say(f"warning: {out} ran on {was}, and goes on with {now}", sys.stderr)
-        elif was != now:
-            stop(f"--resume: {out} runs with {name} {was}, not {now}: leave it out or choose another --out")
-    data = given.get("data", saved.get("data", "textures"))
+    data = str(given.get("data", saved.get("data", "textures")))
     recipe = RECIPES.get(data, IMAGENET) | dict(
         data=data, data_dir="data", holdout=False, export=None, seed=0, warmup_epochs=None,
         decay_predictor_lr=False, no_stop_gradient=False, predictor="mlp", predictor_hidden=None,
@@ -216,6 +210,15 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         eta_momentum=0.0, save_every=1, amp="auto", compile=False, tensorboard=False, benchmark=0,
         workers=min(4, os.cpu_count() or 1), device=devices()[0],
     )  # fmt: skip
+    for name, value in saved.items():
+        if recipe.get(name) is not None and type(value) is not type(recipe[name]):
+            stop(f"{out}/checkpoint.pt is damaged, its {name} is {value!r}: name another --out")
+    for name in given.keys() & saved.keys() - set(MAY_CHANGE):
+        was, now = saved[name], given[name]
+        if was != now and name == "data" and not {was, now} & RECIPES.keys():
+            say(f"warning: {out} ran on {was}, and goes on with {now}", sys.stderr)
+        elif was != now:
+            stop(f"--resume: {out} runs with {name} {was}, not {now}: leave it out or choose another --out")
     fixed = dict(out=str(out), launch=os.environ.get("TORCHELASTIC_RUN_ID", "none"))
     args = argparse.Namespace(**(recipe | saved | given | fixed))
     if args.warmup_epochs is None:
@@ -1056,7 +1059,8 @@ class Trainer:
         try:
             for name in PARTS:
                 getattr(self, name).load_state_dict(state[name])
-            self.history, n, names, world = (state[name] for name in ("history", "n", "names", "world"))
+            n, names, world = (state[name] for name in ("n", "names", "world"))
+            self.history = [dict(row) for row in state["history"]]
             self.step, self.began = int(state["step"]), self.began - state["seconds"]
             sums = torch.tensor(state["sums"])  # (processes, 2)
             self.sums.copy_(sums[self.rank] if world == self.world else sums.mean(dim=0))
