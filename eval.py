@@ -272,7 +272,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     if args.export:
         export_backbone(backbone, args.export)
     train, test = load_data(args)
-    if test is None or test.labels is None:
+    if train.labels is None:
         stop(f"{args.data} has no labels: kNN and probes need train/ and val/ with a folder for each class")
     if args.labels_per_class:
         try:

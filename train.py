@@ -102,6 +102,11 @@ def stop(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def reason(error: Exception, line: int = 0) -> str:
+    """One line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line]
+
+
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from low to high."""
 
@@ -459,10 +464,10 @@ def load_torchvision(name: str, root: str, is_train: bool) -> Images:
                     raise
         dataset = kind(root, train=is_train, download=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, damaged
-        reason = [*str(error).splitlines(), type(error).__name__][0]
         gz = "FashionMNIST/raw, with the four .gz files in it,"
         archive = gz if name == "fashion-mnist" else Path(kind.url).name
-        stop(f"{name} is not in {root}, and no download ({reason}): put {archive} into --data-dir {root}")
+        why = f"{name} is not in {root}, and no download ({reason(error)})"
+        stop(f"{why}: put {archive} into --data-dir {root}")
     if dist.is_initialized() and not later:
         dist.barrier()
     images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
@@ -760,8 +765,7 @@ def setup_distributed(device: str) -> torch.device:
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        stop(f"cannot reach the other processes ({reason}): check MASTER_ADDR and MASTER_PORT", status=1)
+        stop(f"cannot reach the other processes ({reason(error)}): check MASTER_ADDR, MASTER_PORT", status=1)
     return torch.device(device)
 
 
@@ -784,8 +788,7 @@ def replace_file(path: Path, content: Any) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save turns one into the other
-        reason = str(error).splitlines()[0]
-        stop(f"cannot write {path} ({reason}); what was there before is untouched", status=1)
+        stop(f"cannot write {path} ({reason(error)}); what was there before is untouched", status=1)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -850,9 +853,10 @@ def noted_signals() -> Iterator[Callable[[], int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.fill_(number)
-        for number in before:
-            # torchrun passes on what the terminal has sent to all already; it kills by itself if need be.
-            signal.signal(number, signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL)
+        # torchrun passes on what the terminal has sent to all already; it kills by itself if need be.
+        second = signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL
+        for each in before:
+            signal.signal(each, second)
 
     def agreed() -> int:
         number = noted.clone()
@@ -927,7 +931,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []  # a row for each epoch
         self.began, self.advised, self.tensorboard = time.time(), "", None
         files = [] if isinstance(images.source, Tensor) else images.source
-        self.names = seed_of([os.path.relpath(path, args.data) for path in files])  # to notice another order
+        self.names = seed_of([path.removeprefix(args.data) for path in files])  # to notice another order
         torch.manual_seed(args.seed)  # the same weights on every rank
         try:
             backbone, feature_dim = build_backbone(args.arch, args.stem, args.width)
@@ -1011,7 +1015,7 @@ class Trainer:
         features_of = partial(extract_features, backbone, args=self.args, amp=self.amp)
         shown = test or images
         some = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()  # spread over all classes
-        if not knn or test is None or test.labels is None:
+        if not knn or images.labels is None:  # then the test images have none either
             return effective_rank(features_of(shown.subset(some))).item(), None
         bank, features = features_of(images), features_of(test)
         predicted = knn_predict(features, bank, images.labels.to(bank.device)).cpu()
@@ -1174,8 +1178,8 @@ def benchmark(trainer: Trainer) -> None:
         if trainer.step == warm:
             spent.clear()
     step = spent.total() / args.benchmark
-    labelled = trainer.test is not None and trainer.test.labels is not None
-    for phase, every in [("rank", 1), ("kNN", args.knn_every)][: 1 + (labelled and args.knn_every > 0)]:
+    knn = trainer.images.labels is not None and args.knn_every > 0
+    for phase, every in [("rank", 1), ("kNN", args.knn_every)][: 1 + knn]:
         trainer.monitor(knn=phase == "kNN")
         mark(phase)
         spent[phase] *= args.benchmark / trainer.per_epoch / every  # of an epoch, spread over its steps
@@ -1202,16 +1206,15 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        stop("out of memory: take a smaller --batch-size or --image-size", status=1)
-    except (OSError, dist.DistError, RuntimeError) as error:
-        if "can't allocate memory" in str(error):  # as the CPU says it
-            stop("out of memory: take a smaller --batch-size or --image-size", status=1)
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not (lost or isinstance(error, OSError) or "DataLoader worker" in str(error)):
+    except (OSError, RuntimeError) as error:
+        text = reason(error, line=-1)  # a worker's comes behind its traceback
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # GPU, CPU
+            text = "out of memory: take a smaller --batch-size or --image-size"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            text = "another process has ended; the last checkpoint is whole"
+        elif not isinstance(error, OSError) and "DataLoader worker" not in str(error):
             raise
-        text = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a worker's traceback
-        stop("another process has ended; the last checkpoint is whole" if lost else text, status=1)
+        stop(text, status=1)
 
 
 def main(argv: list[str] | None = None) -> None:
