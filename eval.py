@@ -213,7 +213,8 @@ def probe(
         return ((key, rows[i]) for key, i in schedule(len(rows), batch, args.seed, range(steps)))
 
     def fit(model: nn.Module, batches: Iterable[Tensor], base_lr: float, clip: float = math.inf) -> None:
-        """SGD on the cross-entropy: momentum 0.9, no weight decay, cosine (App. A's alternative to LARS)."""
+        """SGD on the cross-entropy: momentum 0.9, no weight decay. App. A names it, with lr 30, as the
+        alternative to LARS; that its lr falls by a cosine, as that of LARS does, is ours."""
         weights, peak = [w for w in model.parameters() if w.requires_grad], base_lr * batch / 256
         optimizer = torch.optim.SGD(weights, lr=peak, momentum=0.9)
         for step, (x, (_, i)) in enumerate(zip(batches, requests())):
@@ -226,7 +227,8 @@ def probe(
 
     torch.manual_seed(args.seed)
     linear = nn.Linear(bank.shape[1], len(classes))
-    linear.weight.data.normal_(0, 0.01), linear.bias.data.zero_()  # as the authors' probe begins
+    # As the authors' code begins. App. D has no recipe for its probe: "similar to ImageNet".
+    linear.weight.data.normal_(0, 0.01), linear.bias.data.zero_()
     # Standardizing changes nothing that a linear classifier can express, but makes one lr fit all networks:
     # an untrained one's features are hundreds of times smaller, and at lr 30 its probe would hardly move.
     standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()

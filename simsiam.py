@@ -3,12 +3,12 @@
 "Exploring Simple Siamese Representation Learning", Xinlei Chen and Kaiming He, CVPR 2021
 (arXiv 2011.10566; sections, equations and tables below are those of the arXiv version).
 
-The idea. Take two random views of one image, say two crops in other colours. An encoder f maps both
-to vectors; a small predictor h must tell, from the vector of one view, the vector of the other.
-Doing that well needs what the views share, the content of the picture, and so f learns features
-without a single label. An encoder that only had to agree with itself could map every image to one
-constant. It does not, because of the stop-gradient: the side that is predicted is taken as given.
-The predictor has to be there as well (Table 1a).
+The idea. Take two random views of one image, say two crops with different colours. An encoder f maps
+both to vectors; a small predictor h must predict the other view's vector from this one's. Doing that
+well needs what the views share, the content of the picture, and so f learns features without a single
+label. An encoder that only had to agree with itself could map every image to one constant. What keeps
+training away from that solution is the stop-gradient: the side that is predicted is taken as given
+(Fig. 2). The predictor has to be there as well (Table 1a).
 
 Algorithm 1 of the paper:
 
@@ -28,7 +28,10 @@ Where this file departs from the authors' released code, and why:
   - The stop-gradient stands inside D, as in Eq. 3, and not in forward(): whoever copies only the loss
     copies the method.
   - The projector's width is an argument, 2048 by default as in the paper, and not the backbone's:
-    on a ResNet-18 that would be 512.
+    on a ResNet-18 that would be 512. The predictor's is d / 4 for every d, 512 for the paper's 2048.
+  - The cosine is computed in float32 at least, also under autocast.
+  - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
+  - The BN on z has no learned scale and shift, as in their code; Sec. 3 does not say so (Sec. 4.4).
 
 In a project of yours:
 
@@ -58,8 +61,9 @@ def unit(x: Tensor) -> Tensor:
     # is scaled, so autograd may take this factor as a constant, and the gradient is still exact.
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
     x = x / torch.where(scale > 0, scale, 1)
-    # The largest entry is now 1 and the length 1 or more: the clamp touches zero rows alone.
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(1)
+    # The largest entry is now 1 and so the length 1 or more: the bound is for rows of zeros alone. It stays
+    # clear of 1, for clamp_min passes only a part of the gradient where the length equals the bound.
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
 
 
 def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosine") -> Tensor:
@@ -74,10 +78,11 @@ def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosin
     # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
     # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
     # encoder or a large batch are not needed. A predictor is: without one, the symmetrized loss has the
-    # same gradient with the detach as without it, only half as long, and collapses (Sec. 4.2, Table 1a).
-    # Why it works is argued in Sec. 5: like k-means or EM, training alternates between two unknowns,
-    # the weights and one target vector an image, and each step holds the other one fixed. That
-    # explains the detach; that this alternation never ends in a constant is observed, not proved.
+    # same gradient with the detach as without it, only half as large, and collapses. The asymmetric loss
+    # is another one with the detach, but without h it fails too (Sec. 4.2, Table 1a).
+    # Sec. 5 offers a hypothesis of what is optimized: as in k-means or EM, two sets of unknowns in turn,
+    # the weights and one target vector an image, each solved for with the other held fixed. The detach is
+    # then natural. Why this alternation does not end in a constant, the paper leaves open (Sec. 5.3).
     if stop_gradient:
         z = z.detach()
     if similarity == "cross-entropy":
@@ -149,8 +154,8 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     net = models.get_model(arch, weights=None, zero_init_residual=True)
     if stem == "cifar":
         # The ImageNet stem, 7x7 with stride 2 and then a max-pool, leaves 8x8 of 32x32 pixels before the
-        # first block. CIFAR's keeps all of them (App. D: "the CIFAR variant of ResNet-18"). With a padding
-        # of 2, as some code has it, the maps would grow to 34x34, and the same state_dict would still fit.
+        # first block. CIFAR's keeps all of them; App. D says "the CIFAR variant of ResNet-18" and no more. With
+        # a padding of 2, as some code has it, the maps grow to 34x34, and the same state_dict still fits.
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
@@ -189,11 +194,14 @@ def build_projector(
 
 def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential:
     """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck. `bn` as in SimSiam."""
+    # What h is for: the best target of an image would be the mean of z over all augmentations, of which a
+    # step sees one. h learns to fill the gap, says Sec. 5.1. And why its learning rate is best constant:
+    # it has to follow the latest representations (Sec. 4.2, Table 1c).
     return nn.Sequential(
         # A bottleneck. As wide as its output, h can be less stable (App. B).
         *fc(dim, hidden, bn=bn != "none"),  # (N, d/4)
-        # Neither BN nor ReLU here, for h regresses a target that may be anywhere: with BN on this output
-        # training is unstable and the loss oscillates, though nothing collapses (Table 3d).
+        # Neither BN nor ReLU here: with BN on this output training is unstable and the loss oscillates,
+        # though nothing collapses (Table 3d). Our reading: h regresses a target that may be anywhere.
         *fc(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
     )
 
@@ -208,8 +216,8 @@ class SimSiam(nn.Module):
     predictor_hidden: the bottleneck of h, by default dim // 4 (App. B).
 
     The last three repeat the paper's ablations:
-    predictor: "mlp"; "none", h is the identity and all collapses (Table 1a); "fixed", h keeps its random
-        first weights, and the loss stays high, which is no collapse but no learning either (Table 1b).
+    predictor: "mlp"; "none", h is the identity, and in the paper all collapses (Table 1a); "fixed", h keeps
+        its random first weights, and in the paper the loss stays high: no collapse, no learning (Table 1b).
     bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
     affine: scale and shift in the BN on z (Sec. 4.4).
     Raises ValueError on another predictor or bn.
@@ -241,8 +249,8 @@ class SimSiam(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views x1 and x2, both (N, 3, H, W), to (p1, p2, z1, z2), each (N, d). N > 1 in training: BN."""
-        # Two calls and not one on torch.cat([x1, x2]): BN normalizes each call by its own mean and
-        # variance, and the two are different functions. The authors' code does it in two, and so do we.
+        # Two calls and not one on torch.cat([x1, x2]): BN normalizes each call by its own mean and variance,
+        # so the two ways are different functions. The authors' code does it in two, and so do we.
         # Both happen inside this one forward because DDP wants one wrapped call per backward.
         z1 = self.projector(self.backbone(x1))  # (N, d)
         z2 = self.projector(self.backbone(x2))  # (N, d)
@@ -261,14 +269,14 @@ def spread(z: Tensor) -> Tensor:
     1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle).
     """
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
-    # leave each with a standard deviation of 1 / sqrt(d). It is defined on z; p does not replace it.
+    # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.
     # correction=0, so that one sample alone gives 0 and not nan.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N - 1, D).
+    """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N - 1, D); 1 for one row.
 
     The exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007), taken
     around the mean. Spread can look healthy while half of the dimensions are dead, which is called
