@@ -1,4 +1,4 @@
-"""SimSiam: the model, the loss and the monitors in one file. Copy it; it needs only torch and torchvision.
+"""SimSiam: views, model, loss and monitors in one file. Copy it; it needs only torch and torchvision.
 
 "Exploring Simple Siamese Representation Learning", Xinlei Chen and Kaiming He, CVPR 2021
 (arXiv 2011.10566; sections, equations and tables below are those of the arXiv version).
@@ -33,20 +33,91 @@ Where this file departs from the authors' released code, and why:
   - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
   - The BN on z has no learned scale and shift, as in their code; Sec. 3 does not say so (Sec. 4.4).
 
-In a project of yours:
+In a project of yours; it runs as it stands, on 256 images of noise:
 
-    from simsiam import SimSiam, build_backbone, simsiam_loss
-    model = SimSiam(*build_backbone("resnet18", stem="cifar"))
-    p1, p2, z1, z2 = model(x1, x2)               # x1, x2: augmented views, float (N, 3, 32, 32)
-    simsiam_loss(p1, p2, z1, z2).backward()
+    import torch
+    from simsiam import SimSiam, augment, build_backbone, simsiam_loss
+
+    loader = torch.rand(4, 64, 3, 32, 32)                            # batches of images in [0, 1]
+    backbone, feature_dim = build_backbone("resnet18", stem="cifar")
+    model = SimSiam(backbone, feature_dim, layers=2)                 # App. D
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
+    for x in loader:
+        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)
+        loss = simsiam_loss(*model(x1, x2))                          # p1, p2, z1, z2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    features = model.backbone.eval()(x)                              # (64, 512): what you keep
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
+Similarity = Callable[[Tensor, Tensor], Tensor]  # of p and z, both (N, d): a scalar to be minimized
+ARCHS = ["convnet", *models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])]
+
 # ------------------------------------------------------------------------------------------------
 # The loss
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """Eq. 1: minus the cosine of p and z, both (N, d), averaged over N: a scalar in [-1, 1].
+
+    The minimum is -1, so a negative loss is right. Computed in float32 at least, whatever comes in.
+    """
+    # In terms of unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
+    return -(unit(p) * unit(z)).sum(dim=-1).mean()
+
+
+def D(
+    p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine
+) -> Tensor:
+    """How far the predictions p are from the targets z, both (N, d): a scalar. Eq. 3: z is held constant."""
+    # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
+    # the encoder through p only. Take the detach away and both sides move towards each other; the
+    # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
+    # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
+    # encoder or a large batch are not needed. A predictor is: without one, the symmetrized loss has the
+    # same gradient with the detach as without it, only half as large, and collapses. The asymmetric loss
+    # is another one with the detach, but without h it fails too (Sec. 4.2, Table 1a).
+    # Sec. 5 offers a hypothesis of what is optimized: as in k-means or EM, two sets of unknowns in turn,
+    # the weights and one target vector an image, each solved for with the other held fixed. The detach is
+    # then natural. Why this alternation does not end in a constant, the paper leaves open (Sec. 5.3).
+    if stop_gradient:
+        z = z.detach()
+    return similarity(p, z)
+
+
+def simsiam_loss(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True,
+    stop_gradient: bool = True, similarity: Similarity = negative_cosine,
+) -> Tensor:  # fmt: skip
+    """The symmetrized loss of Eq. 4: a scalar. All of p1, p2, z1, z2 are (N, d).
+
+    Note the crossing: the prediction from view 1 meets the projection of view 2. D(p1, z1) would
+    compare a view with itself, h could learn the identity, and the loss would fall for no reason.
+    """
+    # Each view serves once as the source and once as the target. One direction alone also works, at
+    # 64.8 instead of 68.1 %: it makes only half as many predictions per image (Sec. 4.6).
+    if not symmetric:
+        return D(p1, z2, stop_gradient, similarity)
+    return D(p1, z2, stop_gradient, similarity) / 2 + D(p2, z1, stop_gradient, similarity) / 2
+
+
+def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """Another similarity, in [0, inf): the d channels as d classes, z saying how likely each is (Sec. 4.5).
+
+    It works too, at 63.2 %, so it is not the cosine that prevents collapse.
+    """
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -66,52 +137,6 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
 
 
-def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: str = "cosine") -> Tensor:
-    """Negative cosine similarity of p and z, both (N, d), averaged over N: a scalar in [-1, 1].
-
-    Eq. 1, with the stop-gradient of Eq. 3 on z. The minimum is -1, so a negative loss is right.
-    Computed in float32 at least, whatever comes in. similarity="cross-entropy", in [0, inf): Sec. 4.5.
-    Raises ValueError on another similarity.
-    """
-    # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
-    # the encoder through p only. Take the detach away and both sides move towards each other; the
-    # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
-    # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
-    # encoder or a large batch are not needed. A predictor is: without one, the symmetrized loss has the
-    # same gradient with the detach as without it, only half as large, and collapses. The asymmetric loss
-    # is another one with the detach, but without h it fails too (Sec. 4.2, Table 1a).
-    # Sec. 5 offers a hypothesis of what is optimized: as in k-means or EM, two sets of unknowns in turn,
-    # the weights and one target vector an image, each solved for with the other held fixed. The detach is
-    # then natural. Why this alternation does not end in a constant, the paper leaves open (Sec. 5.3).
-    if stop_gradient:
-        z = z.detach()
-    if similarity == "cross-entropy":
-        # The d channels taken as d classes, z saying how likely each is. It works too, at 63.2 %, so it is
-        # not the cosine that prevents collapse (Sec. 4.5).
-        p, z = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (p, z))
-        return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
-    if similarity != "cosine":
-        raise ValueError(f"unknown similarity {similarity!r}: choose cosine or cross-entropy")
-    # In terms of unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
-    return -(unit(p) * unit(z)).sum(dim=-1).mean()
-
-
-def simsiam_loss(
-    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True, **options: bool | str
-) -> Tensor:
-    """The symmetrized loss of Eq. 4: a scalar, with the cosine in [-1, 1]. All of p1, p2, z1, z2 are (N, d).
-
-    Note the crossing: the prediction from view 1 meets the projection of view 2. D(p1, z1) would
-    compare a view with itself, h could learn the identity, and the loss would fall for no reason.
-    `options` are those of D.
-    """
-    # Each view serves once as the source and once as the target. One direction alone also works, at
-    # 64.8 instead of 68.1 %: it makes only half as many predictions per image (Sec. 4.6).
-    if not symmetric:
-        return D(p1, z2, **options)
-    return D(p1, z2, **options) / 2 + D(p2, z1, **options) / 2
-
-
 # ------------------------------------------------------------------------------------------------
 # The encoder f = backbone + projector, and the predictor h
 
@@ -121,7 +146,8 @@ def convnet(width: int) -> nn.Sequential:
 
     Ours, not the paper's: it lets the whole method run on a laptop's CPU in about two minutes.
     """
-    layers, channels = [], 3
+    layers: list[nn.Module] = []
+    channels = 3
     for out, stride in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]:
         layers += [
             nn.Conv2d(channels, out * width, kernel_size=3, stride=stride, padding=1, bias=False),
@@ -141,9 +167,8 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     only `fc` is missing (and with the CIFAR stem conv1 has its own shape). Raises ValueError on an
     unknown arch or stem.
     """
-    resnets = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
-    if arch not in ["convnet", *resnets]:
-        raise ValueError(f"unknown arch {arch!r}: choose from convnet, {', '.join(resnets)}")
+    if arch not in ARCHS:
+        raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
     if arch == "convnet":
@@ -154,7 +179,7 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     net = models.get_model(arch, weights=None, zero_init_residual=True)
     if stem == "cifar":
         # The ImageNet stem, 7x7 with stride 2 and then a max-pool, leaves 8x8 of 32x32 pixels before the
-        # first block. CIFAR's keeps all of them; App. D says "the CIFAR variant of ResNet-18" and no more. With
+        # first block. CIFAR's keeps all of them; App. D says "the CIFAR variant of ResNet-18", no more. With
         # a padding of 2, as some code has it, the maps grow to 34x34, and the same state_dict still fits.
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -164,7 +189,9 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     return net, feature_dim
 
 
-def fc(fan_in: int, fan_out: int, bn: bool, affine: bool = True, relu: bool = True) -> list[nn.Module]:
+def linear_bn_relu(
+    fan_in: int, fan_out: int, bn: bool, affine: bool = True, relu: bool = True
+) -> list[nn.Module]:
     """One layer of a head, (N, fan_in) to (N, fan_out): Linear, BN or not, ReLU or not."""
     # A bias before BN would be subtracted again with the mean. The Linears keep PyTorch's default
     # initialization, U(-sqrt k, sqrt k) with k = 1 / fan_in: drawn with a fixed standard deviation of
@@ -181,14 +208,15 @@ def build_projector(
     feature_dim: int, hidden: int, dim: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
     """The projection MLP of Sec. 3: (N, feature_dim) to (N, dim) in 2 or 3 layers. `bn` as in SimSiam."""
-    mlp, fan_in = [], feature_dim
+    mlp: list[nn.Module] = []
+    fan_in = feature_dim
     for _ in range(layers - 1):
         # Hidden BN is what makes training easy: 34.6 % without any BN, 67.4 % with this one (Table 3a, b).
-        mlp += fc(fan_in, hidden, bn=bn != "none")  # (N, hidden)
+        mlp += linear_bn_relu(fan_in, hidden, bn=bn != "none")  # (N, hidden)
         fan_in = hidden
     # BN on the output as well: 68.1 % (Table 3c). Its learned scale and shift are not needed, 68.2 % without
     # (Sec. 4.4), and z is then exactly centred. No ReLU: z may point in any direction.
-    mlp += fc(fan_in, dim, bn=bn in ("default", "all"), affine=affine, relu=False)  # (N, d)
+    mlp += linear_bn_relu(fan_in, dim, bn=bn in ("default", "all"), affine=affine, relu=False)  # (N, d)
     return nn.Sequential(*mlp)
 
 
@@ -199,10 +227,10 @@ def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential
     # it has to follow the latest representations (Sec. 4.2, Table 1c).
     return nn.Sequential(
         # A bottleneck. As wide as its output, h can be less stable (App. B).
-        *fc(dim, hidden, bn=bn != "none"),  # (N, d/4)
+        *linear_bn_relu(dim, hidden, bn=bn != "none"),  # (N, hidden)
         # Neither BN nor ReLU here: with BN on this output training is unstable and the loss oscillates,
         # though nothing collapses (Table 3d). Our reading: h regresses a target that may be anywhere.
-        *fc(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
+        *linear_bn_relu(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
     )
 
 
@@ -215,37 +243,22 @@ class SimSiam(nn.Module):
     layers: 3 on ImageNet (Sec. 3), 2 on CIFAR-10 (App. D).
     predictor_hidden: the bottleneck of h, by default dim // 4 (App. B).
 
-    The last three repeat the paper's ablations:
-    predictor: "mlp"; "none", h is the identity, and in the paper all collapses (Table 1a); "fixed", h keeps
-        its random first weights, and in the paper the loss stays high: no collapse, no learning (Table 1b).
+    The last two repeat the paper's ablations:
     bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
     affine: scale and shift in the BN on z (Sec. 4.4).
-    Raises ValueError on another predictor or bn.
+    Raises ValueError on another bn.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        feature_dim: int,
-        dim: int = 2048,
-        hidden: int = 2048,
-        layers: int = 3,
-        predictor_hidden: int | None = None,
-        predictor: str = "mlp",
-        bn: str = "default",
-        affine: bool = False,
-    ):
+        self, backbone: nn.Module, feature_dim: int, dim: int = 2048, hidden: int = 2048, layers: int = 3,
+        predictor_hidden: int | None = None, bn: str = "default", affine: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        if predictor not in ("mlp", "none", "fixed"):
-            raise ValueError(f"unknown predictor {predictor!r}: choose mlp, none or fixed")
         if bn not in ("none", "hidden", "default", "all"):
             raise ValueError(f"unknown bn {bn!r}: choose none, hidden, default or all")
         self.backbone = backbone
         self.projector = build_projector(feature_dim, hidden, dim, layers, bn, affine)
         self.predictor = build_predictor(dim, predictor_hidden or max(1, dim // 4), bn)
-        if predictor == "none":
-            self.predictor = nn.Identity()
-        self.predictor.requires_grad_(predictor != "fixed")
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views x1 and x2, both (N, 3, H, W), to (p1, p2, z1, z2), each (N, d). N > 1 in training: BN."""
@@ -256,6 +269,144 @@ class SimSiam(nn.Module):
         z2 = self.projector(self.backbone(x2))  # (N, d)
         # z1 and z2 are returned with their gradient: holding them constant is the loss's business (see D).
         return self.predictor(z1), self.predictor(z2), z1, z2
+
+
+# ------------------------------------------------------------------------------------------------
+# Views (App. A): a whole batch at a time, on its device, with parameters drawn for every image. All of it
+# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU: the same ones for every device.
+
+
+def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -> Tensor:
+    """A random view of each image, (N, 3, size, size) in [0, 1]; for the second view, call it again.
+
+    crop_min: the smallest crop, as a share of the area. blurred: the share of images that are; 0.5 is
+    in the authors' code, not in the paper; 0 for CIFAR-10 (App. D).
+    """
+    return recolor(crop_and_flip(x, size, crop_min), blurred)
+
+
+def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
+    """What follows the crop: color jitter, gray and blur, each in some of the images. Changes x."""
+
+    def some(probability: float) -> Tensor:
+        return (torch.rand(len(x)) < probability).nonzero()[:, 0].to(x.device)
+
+    def factors(count: int, low: float, high: float) -> Tensor:
+        return torch.empty(count, 1, 1, 1).uniform_(low, high).to(x.device)
+
+    # ColorJitter(0.4, 0.4, 0.4, 0.1) in 80 % of the images, in a random order that one batch shares.
+    chosen = some(0.8)
+    jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
+    jittered = x[chosen]
+    for i in torch.randperm(4).tolist():
+        operation, low, high = jitter[i]
+        jittered = operation(jittered, factors(len(chosen), low, high))
+    x[chosen] = jittered
+
+    chosen = some(0.2)
+    x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
+
+    chosen = some(blurred)
+    if len(chosen):
+        x[chosen] = blur(x[chosen], factors(len(chosen), 0.1, 2.0))
+    return x
+
+
+def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
+    """RandomResizedCrop, then a flip with probability 1/2: (N, 3, size, size)."""
+    n, _, height, width = x.shape
+    top, left, h, w = crop_boxes(n, height, width, crop_min)
+    columns = resize_matrix(left, w, width, size)
+    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(1), columns)
+    return crop_and_resize(x, resize_matrix(top, h, height, size).to(x.device), columns.to(x.device))
+
+
+def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, left, height, width, each (N,), as RandomResizedCrop draws them, but for its fallback.
+
+    After ten tries that do not fit, ours is the whole image, theirs the largest centre of an allowed shape.
+    """
+    area = height * width * torch.empty(n, 10).uniform_(crop_min, 1)
+    ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    w = (area * ratio).sqrt().round()
+    h = (area / ratio).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)  # of the ten tries
+    w = torch.where(fits.any(dim=1), w.gather(1, first)[:, 0], width)
+    h = torch.where(fits.any(dim=1), h.gather(1, first)[:, 0], height)
+    top = (torch.rand(n) * (height - h + 1)).floor()
+    left = (torch.rand(n) * (width - w + 1)).floor()
+    return top, left, h, w
+
+
+def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
+    """(N, size_out, size_in): cuts `length` pixels from `start` and resizes them, bilinear, antialiased."""
+    # Resizing is linear and separable. As a matrix for the rows and one for the columns, a whole batch of
+    # different crops is two batched products, the crop itself costs nothing, and nor does a flip.
+    start = start.view(-1, 1, 1)
+    length = length.view(-1, 1, 1)
+    scale = length / size_out
+    centre = start + (torch.arange(size_out).view(1, -1, 1) + 0.5) * scale
+    pixel = torch.arange(size_in) + 0.5
+    weight = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)  # a triangle
+    weight = weight * ((pixel > start) & (pixel < start + length))  # nothing from outside the crop
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def crop_and_resize(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(N, 3, S, T): every image of x, (N, 3, H, W), times its rows (N, S, H) and its columns (N, T, W)."""
+    n, channels, height, width = x.shape
+    return rows.unsqueeze(1) @ (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, -1)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    """(N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+# The four of ColorJitter. f, (N, 1, 1, 1), is one factor an image.
+def brightness(x: Tensor, f: Tensor) -> Tensor:
+    return (x * f).clamp_(0, 1)
+
+
+def contrast(x: Tensor, f: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x).mean(dim=(1, 2, 3), keepdim=True), x, f).clamp_(0, 1)
+
+
+def saturation(x: Tensor, f: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x), x, f).clamp_(0, 1)
+
+
+def hue(x: Tensor, f: Tensor) -> Tensor:
+    """Turns the hue by f of a full circle, as through HSV and back."""
+    red, green, blue = x.unbind(dim=1)  # (N, H, W)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    divisor = chroma.clamp_min(1e-6)  # gray has no hue, and with chroma 0 none is used below
+    sector = torch.where(
+        value == red,
+        (green - blue).div_(divisor),
+        torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
+    )
+    turn = sector.div_(6).add_(f.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
+    # A channel is at its maximum over a third of the circle, at its minimum over another, linear between;
+    # red, green and blue peak a third of a circle apart, which these offsets say.
+    offset = torch.tensor([5 / 6, 3 / 6, 1 / 6], device=x.device).view(1, 3, 1, 1)
+    below = (turn + offset).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
+
+
+def blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with a sigma, (N, 1, 1, 1) in pixels, up to 2; reflecting at the border."""
+    n, channels, height, width = x.shape
+    radius = 6  # three standard deviations of the widest
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-taps.square() / (2 * sigma.view(n, 1).square()))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+    # One group a channel of each image, so that every image has its own kernel.
+    x = F.pad(x.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
+    return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view(n, channels, height, width)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,7 +433,7 @@ def effective_rank(features: Tensor) -> Tensor:
     around the mean. Spread can look healthy while half of the dimensions are dead, which is called
     dimensional collapse (arXiv 2110.09348; for SimSiam 2209.15007). This number sees it.
     """
-    x = unit(features)
+    x = unit(features)  # (N, D)
     s = torch.linalg.svdvals(x - x.mean(dim=0))  # (min(N, D),)
     share = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
     return torch.special.entr(share).sum().exp()  # entr(x) = -x ln x, and 0 at 0
@@ -290,13 +441,9 @@ def effective_rank(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def knn_predict(
-    features: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    k: int = 200,
-    temperature: float = 0.2,
+    features: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 200, temperature: float = 0.2,
     chunk_elements: int = 2**25,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Labels, (N,), of features (N, D), voted by their nearest neighbours in bank (M, D).
 
     Each of the k nearest by cosine votes for its label with weight exp(cosine / temperature), as in
@@ -306,7 +453,7 @@ def knn_predict(
     """
     # Any set of labels, {3, 7, -1} too: vote on positions in `classes`, then translate back.
     classes, positions = bank_labels.unique(return_inverse=True)  # (C,), (M,)
-    bank = torch.cat([unit(part) for part in bank.split(2**14)])
+    bank = unit(bank)  # (M, D)
     k = min(k, len(bank))
     predictions = []
     # A chunk of queries at a time: the whole table of similarities of 50,000 queries with ImageNet's
@@ -327,18 +474,20 @@ def knn_predict(
 if __name__ == "__main__":
     for stop_gradient in (True, False):
         torch.manual_seed(0)
-        model = SimSiam(*build_backbone("convnet", width=8), dim=64, hidden=64)
+        backbone, feature_dim = build_backbone("convnet", width=8)
+        model = SimSiam(backbone, feature_dim, dim=64, hidden=64)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         images = torch.randn(512, 3, 16, 16)
         print(f"\n{'with' if stop_gradient else 'WITHOUT'} the stop-gradient")
         for step in range(101):
             batch = images[torch.randperm(512)[:64]]
-            x1, x2 = (batch + torch.randn_like(batch) / 2 for _ in range(2))
+            x1 = batch + torch.randn_like(batch) / 2
+            x2 = batch + torch.randn_like(batch) / 2
             p1, p2, z1, z2 = model(x1, x2)
             loss = simsiam_loss(p1, p2, z1, z2, stop_gradient=stop_gradient)
             if step % 25 == 0:
-                rank = effective_rank(z1)
-                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {rank:4.1f} of 64")
+                erank = effective_rank(z1)
+                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {erank:4.1f} of 64")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
