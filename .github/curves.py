@@ -28,8 +28,11 @@ def main() -> None:
         for step in range(5):
             value, y = low + (high - low) * step / 4, top + HEIGHT * (1 - step / 4)
             print(f'<path d="M{left} {y}h{WIDTH}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.2f}</text>')
-        for (name, runs), color in zip(curves, COLORS):
+        last = 0
+        for (_, runs), color in zip(curves, COLORS):
             columns = [(rows[0]["epoch"], [row[key] for row in rows]) for rows in zip(*runs) if rows[0][key] is not None]
+            if not columns:  # no kNN
+                continue
             last = max(epoch for epoch, _ in columns)
 
             def at(epoch: float, value: float) -> str:
