@@ -62,9 +62,14 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_textures(monkeypatch):
-    """`textures` with a tenth of its images: 500 and 200."""
+    """`textures` with a tenth of its images, 500 and 200, in an order in which no two sets have the same labels."""
     whole = train.textures
-    monkeypatch.setattr(train, "textures", lambda count, seed: whole(count // 10, seed))
+
+    def shuffled(count, seed):
+        order = torch.randperm(count // 10, generator=torch.Generator().manual_seed(seed))
+        return tuple(x[order] for x in whole(count // 10, seed))
+
+    monkeypatch.setattr(train, "textures", shuffled)
 
 
 @pytest.fixture
@@ -656,17 +661,20 @@ PAPER = {  # Sec. 3 and App. A; App. D
     "photos": dict(
         arch="resnet50", stem="imagenet", image_size=224, layers=3, hidden=2048, dim=2048, predictor_hidden=None,
         epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4, warmup_epochs=0, crop_min=0.2, blur=0.5,
-        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], knn_every=10,
     ),
     "cifar10": dict(
         arch="resnet18", stem="cifar", image_size=32, layers=2, hidden=2048, dim=2048, predictor_hidden=None,
         epochs=800, batch_size=512, base_lr=0.03, weight_decay=5e-4, warmup_epochs=0, crop_min=0.2, blur=0.0,
-        mean=None, std=None,
+        mean=None, std=None, knn_every=10,
     ),
 }  # fmt: skip
 PAPER["cifar100"] = PAPER["cifar10"]
-PAPER["textures"] = dict(layers=2, weight_decay=5e-4, crop_min=0.2, blur=0.0, mean=None, std=None)  # after App. D
-PAPER["fashion-mnist"] = PAPER["textures"] | dict(crop_min=0.4, image_size=28)
+PAPER["textures"] = dict(  # ours, after App. D: those of the README's results
+    arch="convnet", width=16, image_size=32, layers=2, hidden=512, dim=512, epochs=20, batch_size=64, base_lr=0.4,
+    weight_decay=5e-4, crop_min=0.2, blur=0.0, mean=None, std=None, knn_every=5,
+)  # fmt: skip
+PAPER["fashion-mnist"] = PAPER["textures"] | dict(crop_min=0.4, image_size=28, epochs=30, knn_every=10)
 OFF = dict(  # the paper's method: Eq. 4, Table 1c, Table 3c
     no_stop_gradient=False, predictor="mlp", bn="default", affine=False, similarity="cosine", asymmetric=False,
     pairs=1, alternate=1, eta_momentum=0.0, decay_predictor_lr=False, seed=0, holdout=False,
@@ -757,6 +765,7 @@ def test_the_class_of_a_texture_is_its_pattern_and_shows_not_in_its_colours():
         return torch.fft.rfft2(gray).abs().log1p().flatten(1)
 
     assert accuracy(lambda x: x.mean(dim=(2, 3))) < 0.2  # chance is 0.1
+    assert accuracy(lambda x: x.std(dim=(2, 3))) < 0.25
     assert accuracy(spectrum) > 0.4
 
 
@@ -770,6 +779,8 @@ def test_every_epoch_is_another_permutation_cut_over_the_ranks():
     assert one != two and set(one) != set(two)
     halves = [epoch(0, rank, 2).tolist() for rank in (0, 1)]
     assert not set(halves[0]) & set(halves[1]) and sorted(sum(halves, [])) == sorted(one)
+    keys = [[key for key, _ in train.schedule(50, 10, seed, range(10))] for seed in (0, 1)]  # of a file's crops
+    assert all(len(set(k[:5])) == len(set(k[5:])) == 1 for k in keys) and len({*keys[0], *keys[1]}) == 4
     whole = [i.tolist() for _, i in train.schedule(50, 10, 7, range(12))]  # it goes on in the middle of an epoch
     assert whole[8:] == [i.tolist() for _, i in train.schedule(50, 10, 7, range(8, 12))]
     assert [2 * i for i in whole] == [i.tolist() for _, i in train.schedule(50, 10, 7, range(12), pairs=2)]
@@ -806,16 +817,16 @@ def test_mean_and_std_are_those_of_the_pixels_that_are_trained_on_or_the_flags(s
         for part in (images, test):
             assert part.mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
             assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)  # not per image
-    for part in train.load_data(args_of(*"--mean 0.1 0.2 0.3 --std 0.4 0.5 0.6".split())):
-        assert (part.mean, part.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    for part in train.load_data(args_of(*"--mean 0.1 0.9 1 --std 0.4 0.5 0.6".split())):
+        assert (part.mean, part.std) == ([0.1, 0.9, 1.0], [0.4, 0.5, 0.6])
     train.main([*SMALL, "--epochs", "1", "--out", "run"])
     saved = torch.load("run/checkpoint.pt", weights_only=True)["args"]
     images, _ = train.load_data(args_of())
     assert (saved["mean"], saved["std"]) == (images.mean, images.std)
 
 
-def test_fashion_mnist_is_read_from_its_own_files_and_becomes_rgb(tmp_path):
-    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+def test_fashion_mnist_is_read_from_its_own_files_in_data_dir_and_becomes_rgb(tmp_path):
+    raw = tmp_path / "elsewhere" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, n in (("train", 40), ("t10k", 20)):
         pixels = torch.randint(256, (n, 28, 28), dtype=torch.uint8)
@@ -823,7 +834,7 @@ def test_fashion_mnist_is_read_from_its_own_files_and_becomes_rgb(tmp_path):
         labels = struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n))
         (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-    images, test = train.load_data(args_of("fashion-mnist"))
+    images, test = train.load_data(args_of("fashion-mnist", "--data-dir", "elsewhere"))
     assert images.source.shape == (40, 3, 28, 28) and len(test) == 20 and test.labels.tolist() == [*range(10)] * 2
     assert all(torch.equal(test.source[:, c], pixels) for c in range(3))
 
@@ -909,21 +920,19 @@ def hue_of(x):
     return torch.where(x.mean(dim=(2, 3)).std(dim=1) < 0.01, torch.nan, hue % 1)
 
 
-def test_both_views_of_a_file_show_its_own_image(tmp_path):
-    """Through loader, crops, jitter and normalization: rows of x1 and x2 belong together."""
+def test_both_views_show_their_own_image(tmp_path):
+    """Of files, through loader, crops and jitter, and in memory: rows of x1 and x2 belong together."""
     for i, colour in enumerate(HUES.values()):
         write_image(tmp_path / "photos" / f"{i}.png", colour)
     t, _ = trainer_of(args_of(tmp_path / "photos", *FOLDER, "--epochs", 20))
-    seen = 0
-    for batch, indices in t.batches():
-        assert sorted(indices.tolist()) == [0, 1, 2, 3]
+    in_memory = torch.tensor([*HUES.values()], dtype=torch.uint8).repeat(50, 1)[..., None, None].expand(-1, -1, 20, 20)
+    for batch, indices in [*t.batches(), (in_memory, torch.arange(4).repeat(50))]:
+        assert set(indices.tolist()) == {0, 1, 2, 3}
         for x in train.two_views(batch, 16, 0.2, 0.5):
-            assert x.shape == (4, 3, 16, 16)
+            assert x.shape == (len(indices), 3, 16, 16)
             turn = hue_of(x) - torch.tensor([*HUES])[indices]  # the jitter turns it by a tenth at most
             coloured = ~turn.isnan()
-            assert ((turn + 0.5) % 1 - 0.5)[coloured].abs().max() < 0.12
-            seen += coloured.sum().item()
-    assert seen > 100  # the others are gray
+            assert coloured.any() and ((turn + 0.5) % 1 - 0.5)[coloured].abs().max() < 0.15
 
 
 def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones(tmp_path):
@@ -936,6 +945,8 @@ def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones(tmp_path):
     red, green = crops[:, :, 0].float().mean(dim=2), crops[:, :, 1].float().mean(dim=3)  # (200, 2, 16)
     wide, high = (red[..., -1] - red[..., 0]) / 255, (green[..., -1] - green[..., 0]) / 255
     assert 0.4 < (wide < 0).float().mean() < 0.6 and (high > 0).all()  # flipped sideways, never upside down
+    ratio = wide.abs() / high
+    assert 0.7 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.4  # 3/4 to 4/3
     for mine in ((wide < 0).float(), red.mean(dim=2), green.mean(dim=2)):
         assert_unrelated(mine[:, 0], mine[:, 1])
     area = (wide.abs() * high * (16 / 15) ** 2).flatten()
@@ -982,7 +993,13 @@ def test_a_folder_is_searched_through_links_but_not_in_a_runs_own_pictures(tmp_p
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
     train.main(["photos", *FOLDER, "--out", "photos/run"])  # writes views.png below the data
-    assert len(load_folder(tmp_path / "photos")[0]) == 12
+    write_image(tmp_path / "photos" / "train" / "loose.png", [9, 9, 9])
+    (tmp_path / "photos/train/loose.png").rename(tmp_path / "photos/train/CAPITALS.PNG")
+    images, test = load_folder("photos")  # train/ alone is a folder like any other
+    assert len(images) == 13 and test is None and images.labels is None
+    assert args_of("photos", *FOLDER).data == os.path.realpath("photos")  # to be found again from elsewhere
+    assert train.make_loader(images, [], 2).num_workers == 2
+    assert train.make_loader(train.load_data(args_of())[0], [], 2).num_workers == 0  # in memory
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1004,7 +1021,8 @@ def test_learning_rate_starts_at_the_peak_halves_in_the_middle_and_ends_above_ze
     ("--decay-predictor-lr --epochs 1 --bn none", equation_4),
     ("--no-stop-gradient", lambda p1, p2, z1, z2: cosine_loss(p1, z2) / 2 + cosine_loss(p2, z1) / 2),
     ("--asymmetric", lambda p1, p2, z1, z2: cosine_loss(p1, z2.detach())),
-    ("--asymmetric --pairs 2", lambda p1, p2, z1, z2: cosine_loss(p1, z2.detach())),
+    ("--asymmetric --pairs 2 --no-stop-gradient", lambda p1, p2, z1, z2: cosine_loss(p1, z2)),
+    ("--asymmetric --similarity cross-entropy", lambda p1, p2, z1, z2: entropy_loss(p1, z2.detach())),
     ("--similarity cross-entropy", lambda *x: equation_4(*x, entropy_loss)),
     ("--predictor none", equation_4),
     ("--predictor fixed --blur 0.5 --crop-min 0.5 --image-size 24", equation_4),
@@ -1192,11 +1210,54 @@ def test_training_reports_what_it_measures(small_textures, capsys):
     out = capsys.readouterr().out
     assert "torch.float32" in out.splitlines()[0]
     assert len(out.splitlines()) == 6 and "\r" not in out and "\033" not in out  # in a pipe, plain lines
-    with Image.open("runs/textures/views.png") as picture:
-        assert picture.size[0] > 8 * 32
+    lr = [0.4 * 100 / 256 * (1 + math.cos(math.pi * step / 15)) / 2 for step in (4, 9, 14)]  # the encoder's
+    assert [row["lr"] for row in (one, two, three)] == pytest.approx(lr)
     checkpoint = torch.load("runs/textures/checkpoint.pt", weights_only=True)
     assert all(k.split(".")[0] in ("backbone", "projector", "predictor") for k in checkpoint["model"])
     build_backbone("convnet", width=2)[0].load_state_dict(checkpoint["backbone"], strict=True)
+
+
+def test_speed_and_time_left_are_those_of_the_clock(small_textures, capsys, monkeypatch):
+    now, update = [0.0], train.Trainer.update
+
+    def timed(self, *args):
+        update(self, *args)
+        now[0] += 1.0 if self.step <= 5 else 2.0  # seconds a step
+
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.Trainer, "update", timed)
+    train.main([*SMALL, "--epochs", "4", "--out", "run"])
+    assert [row["images_per_second"] for row in rows("run")] == pytest.approx([100, 50, 50, 50])
+    assert [row["seconds"] for row in rows("run")] == pytest.approx([5, 15, 25, 35])
+    assert re.findall(r"(\d+) s left", capsys.readouterr().out) == ["15", "15", "8", "0"]
+    t = trainer("--epochs", "4", "--out", "other")
+    t.load_state_dict(torch.load("run/checkpoint.pt", weights_only=True))
+    assert t.seconds == 35 and len(t.history) == 4
+
+
+def test_loss_of_an_epoch_is_the_mean_over_processes(small_textures, monkeypatch):
+    t, test = trainer_of(args_of(*SMALL, "--out", "run"))
+    Path("run").mkdir()
+    monkeypatch.setattr(train, "over_ranks", lambda x: 2 * x + 5)  # as if another one had 5 more
+    monkeypatch.setattr(train, "monitor", lambda *args: (1.0, None))
+    t.world, t.step = 2, 5
+    t.sums.copy_(torch.tensor([5.0, 5.0]))
+    train.report(t, test, rate=1.0)
+    assert rows("run")[0]["loss"] == pytest.approx((1 + 2) / 2) and t.sums.tolist() == [0, 0]
+
+
+def test_the_picture_shows_eight_images_and_their_views_as_the_network_sees_them(small_textures, monkeypatch):
+    two, views = train.two_views, []
+    monkeypatch.setattr(train, "two_views", lambda *args: views.append(two(*args)) or views[-1])
+    train.main([*SMALL, "--epochs", "1", "--out", "run"])
+    picture = v2.functional.pil_to_tensor(Image.open("run/views.png")) / 255
+    t = trainer()
+    indices = next(train.schedule(500, 100, 0, range(1)))[1]
+    assert picture.shape == (3, 3 * 34 + 2, 8 * 34 + 2)
+    for column in range(8):
+        for row, x in enumerate((t.images.source[indices[column]] / 255, views[0][0][column], views[0][1][column])):
+            shown = picture[:, 2 + 34 * row :, 2 + 34 * column :][:, :32, :32]
+            torch.testing.assert_close(shown, x, atol=0.003, rtol=0)
 
 
 def test_checkpoints_come_as_often_as_asked_for_and_at_the_end(small_textures, monkeypatch):
@@ -1240,6 +1301,9 @@ def test_kNN_and_rank_are_those_of_all_test_images_against_the_training_set(smal
     s = torch.linalg.svdvals(F.normalize(queries) - F.normalize(queries).mean(dim=0))
     assert erank == pytest.approx(torch.distributions.Categorical(s / s.sum()).entropy().exp().item(), rel=1e-3)
     assert train.monitor(t, test, knn=False) == (pytest.approx(erank, rel=1e-4), None)
+    sorted_ = train.Images(torch.cat([test.source[:1].expand(300, -1, -1, -1), test.source]), None, 32)
+    sorted_.mean, sorted_.std = test.mean, test.std
+    assert train.monitor(t, sorted_, knn=False)[0] > 1.5  # of images from all classes, one of which comes first
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1282,8 +1346,9 @@ def test_auto_takes_bf16_where_the_hardware_multiplies_it(monkeypatch):
     for native, dtype in ((dict(amx_bf16=True), torch.bfloat16), (dict(avx512_bf16=True), torch.bfloat16), ({}, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: native)
         assert train.amp_dtype("auto", CPU) == dtype
-    for native, dtype in ((True, torch.bfloat16), (False, None)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **kwargs: native)
+    for native, dtype in ((True, torch.bfloat16), (False, None)):  # emulation does not count
+        answer = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
         assert train.amp_dtype("auto", torch.device("cuda")) == dtype
     for device in (CPU, torch.device("cuda")):
         dtypes = [train.amp_dtype(amp, device) for amp in ("off", "bf16", "fp16")]
@@ -1304,7 +1369,7 @@ def test_under_amp_the_network_computes_in_that_dtype_and_the_step_is_float32s_t
     assert (exact.sums.tolist() == t.sums.tolist()) == (amp == "off")
 
 
-def test_fp16_steps_through_the_scaler(small_textures):
+def test_fp16_steps_through_the_scaler(small_textures, monkeypatch):
     """What float16 would lose is scaled up for the backward pass and down again; a step with infinities is skipped."""
     exact, t = trainer(), trainer()
     t.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -1320,6 +1385,12 @@ def test_fp16_steps_through_the_scaler(small_textures):
     t.scaler._scale.mul_(1e3)  # infinite: so are the gradients
     t.update(*first(t)[0])
     assert same(before, dict(t.model.named_parameters())) and "scaler" in t.state_dict()
+    asked, scaler = [], torch.amp.GradScaler
+    spy = lambda device, enabled: asked.append(enabled) or scaler(device, enabled=False)  # noqa: E731
+    monkeypatch.setattr(torch.amp, "GradScaler", spy)
+    for t.args.amp in ("off", "bf16", "fp16"):
+        train.Trainer(t.args, t.images, CPU)
+    assert asked == [False, False, True]
 
 
 DDP = """
@@ -1394,6 +1465,30 @@ def test_on_several_gpus_BN_is_over_the_whole_batch(small_textures, monkeypatch)
         assert len(layers) == 9 and all(isinstance(m, nn.SyncBatchNorm) == (device == "cuda") for m in layers)
 
 
+def test_each_process_has_its_machines_own_gpu_and_gloo_beside_nccl(monkeypatch, capsys):
+    """And joins with patience that ends. By stand-ins."""
+    for name, value in dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    chosen, joined = [], {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(None, 5, 8)]))
+    monkeypatch.setattr(train.dist, "PrefixStore", lambda prefix, store: store)
+    init = lambda backend, **options: joined.update(options, backend=backend)  # noqa: E731
+    monkeypatch.setattr(train.dist, "init_process_group", init)
+    train.setup_distributed()
+    assert chosen == [1] and joined["backend"] == "cpu:gloo,cuda:nccl" and (joined["rank"], joined["world_size"]) == (5, 8)
+    assert 60 <= joined["timeout"].total_seconds() <= 3600
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit):
+        train.setup_distributed()
+    assert "no GPU 2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(train, "setup_distributed", lambda: None)
+    assert "--batch-size 500" in fails(TINY, capsys)  # three processes can't share it
+
+
 def test_processes_that_do_not_see_the_same_checkpoint_all_stop(small_textures, tmp_path):
     """Two hosts whose OUT is not shared: neither waits for the other for ever."""
     train.main([*SMALL, "--epochs", "1", "--out", "one/run"])
@@ -1428,7 +1523,9 @@ def evaluate(capsys, *argv):
 
 def correct(out, task):
     """The counts that eval.py printed for a task: (right, all)."""
-    return tuple(map(int, re.search(rf"^{task} .*\((\d+) of (\d+)\)$", out, re.M).groups()))
+    share, right, whole = re.search(rf"^{task} .*top-1 ([\d.]+)% \((\d+) of (\d+)\)$", out, re.M).groups()
+    assert float(share) == pytest.approx(100 * int(right) / int(whole), abs=0.006)
+    return int(right), int(whole)
 
 
 def backbone_of(path):
@@ -1447,9 +1544,10 @@ def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys
     picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
     images, test = data_of(pretrained)
     bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
-    nearest = F.cosine_similarity(queries[:1], bank).topk(9).indices  # of the first test image, on the left
-    for column, x in enumerate([test.source[0], *images.source[nearest]]):
-        assert torch.equal(picture[:, 2:34, 2 + column * 34 :][..., :32], x)
+    for row, i in enumerate(torch.linspace(0, 199, 10).long()):  # a test image on the left, then its nearest
+        nearest = F.cosine_similarity(queries[i][None], bank).topk(9).indices
+        for column, x in enumerate([test.source[i], *images.source[nearest]]):
+            assert torch.equal(picture[:, 2 + row * 34 :, 2 + column * 34 :][:, :32, :32], x)
 
 
 def test_kNN_counts_every_test_image_by_the_networks_own_features_or_its_pixels(pretrained, capsys):
@@ -1470,6 +1568,12 @@ def test_size_mean_and_std_of_the_images_are_the_checkpoints(small_textures):
     assert (args.image_size, args.mean, args.std) == (24, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert (args.data, args.arch, args.width, args.crop_min) == ("textures", "convnet", 2, 0.3)
     assert evaluation.get_args(["run/checkpoint.pt", "linear", "--official"])[0].crop_min == 0.08  # the authors'
+    assert evaluation.get_args(["run/checkpoint.pt", "linear", "--official", "--crop-min", "0.5"])[0].crop_min == 0.5
+    train.main([*SMALL, "--epochs", "1", "--out", "held", "--holdout", "--seed", "5"])  # the run's, and not ours
+    args, _ = evaluation.get_args(["held/checkpoint.pt"])
+    assert not args.holdout and args.seed == 0
+    args, _ = evaluation.get_args(["held/checkpoint.pt", "--holdout", "--seed", "3"])
+    assert args.holdout and args.seed == 3
 
 
 PROTOCOLS = ["knn", "linear", "linear --official", "finetune"]
@@ -1595,7 +1699,7 @@ def test_the_lr_of_a_protocol_is_scaled_by_its_batch_and_falls_by_half_a_cosine(
         assert lr == pytest.approx(peak * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-def test_the_crops_of_supervised_training_are_standardized_and_flipped():
+def test_the_crops_of_supervised_training_are_standardized_and_flipped(tmp_path):
     mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
     images = train.Images(torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8), None, 8, mean=mean, std=std)
     plain = v2.functional.normalize(images.source / 255, mean, std)
@@ -1606,6 +1710,40 @@ def test_the_crops_of_supervised_training_are_standardized_and_flipped():
     assert 0.3 < flipped / (straight + flipped) < 0.7 and straight > 10
     (x,) = evaluation.crops(images, steps, 0.08, "cpu", 0)
     assert sum(torch.allclose(a, b, atol=1e-5) for a, b in zip(x, plain)) < 3
+    photos = load_folder(write_folder(tmp_path / "photos"))[0]  # of files too, and new ones every epoch
+    a, b = evaluation.crops(photos, [("0 0", torch.arange(5)), ("0 1", torch.arange(5))], 0.2, "cpu", 0)
+    assert a.shape == (5, 3, 16, 16) and not torch.allclose(a, b)
+    plan = evaluation.plan(10, 4, epochs=3, seed=1)
+    assert len(plan) == 6 and len({key for key, _ in plan}) == 3 and None not in dict(plan)
+
+
+def test_a_protocol_is_sgd_on_its_own_gradients_clipped_in_fine_tuning_and_drawn_by_its_seed(
+    small_textures, monkeypatch, capsys
+):
+    runs, seeds, cross, schedule, few = [], [], F.cross_entropy, evaluation.schedule, evaluation.few_labels
+
+    class Spy(torch.optim.SGD):  # moves nothing, so that every step of a whole epoch has the same gradient
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            runs.append([])
+
+        def step(self):
+            gradients = [w.grad.flatten() for group in self.param_groups for w in group["params"]]
+            runs[-1].append(torch.cat(gradients).clone())
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, target: 1000 * cross(logits, target))
+    monkeypatch.setattr(evaluation, "schedule", lambda n, batch, seed, steps: seeds.append(seed) or schedule(n, batch, seed, steps))
+    monkeypatch.setattr(evaluation, "few_labels", lambda labels, n, seed: seeds.append(seed) or few(labels, n, seed))
+    flags = ["--data", "textures", "--width", 2, "--epochs", 3, "--batch-size", 500, "--seed", 7]
+    evaluate(capsys, "random", "linear", *flags, "--labels-per-class", 50)
+    for gradient in runs[0]:
+        torch.testing.assert_close(gradient, runs[0][0], rtol=1e-3, atol=1e-3)
+    evaluate(capsys, "random", "finetune", *flags)
+    assert runs[1][0].norm() > 10 and all(gradient.norm() < 1.001 for gradient in runs[2])
+    assert set(seeds) == {7} and len(seeds) == 3
+    heads = [evaluation.new_classifier(torch.rand(9, 4), 3, seed)[1].weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 def test_few_labels_are_that_many_of_each_class_and_other_ones_with_another_seed(capsys):
@@ -1688,7 +1826,7 @@ WRONG = [  # a number's range on one flag, and then a case for each flag
     *[f"--base-lr={value}" for value in ("-1", "nan", "inf", "x")],
     "--batch-size 1", "--batch-size 6000", "--dim 0", "--hidden 0", "--width 0", "--layers 0", "--save-every 0",
     "--weight-decay -1", "--crop-min 2", "--blur 2", "--eta-momentum 1", "--seed -1", "--workers -1", "--knn-every -1",
-    "--warmup-epochs 20", "--image-size 1", "--std 0 0 0", "--mean 0.5", "--mean 0.5 0.5 0.5", "--std 0.5 0.5 0.5",
+    "--warmup-epochs 20 --epochs 20", "--image-size 1", "--std 0 0 0", "--mean 0.5", "--mean 0.5 0.5 0.5", "--std 0.5 0.5 0.5",
     "--arch resnet19", "--stem cifar", "--stem other", "--predictor linear", "--bn some", "--similarity l2", "--amp fp16",
     "--amp yes", "--device tpu", "--unknown", "--epoch 3", "--pairs 0", "--alternate 0", "--out afile", "--out used",
     "--out used --resume", "--out=", "--alternate 2 --eta-momentum 0.5", "--no-stop-gradient --alternate 2",
@@ -1755,7 +1893,19 @@ def test_a_resumed_run_keeps_its_recipe_and_says_both_values(small_textures, cap
     ):  # fmt: skip
         line = fails(["--out", "run", "--resume", *f"{flag} {value}".split()], capsys)
         assert was in line and (value or flag) in line
-    train.main(["--out", "run", "--resume", "--save-every", "2"])  # allowed: it does not define the training
+    may = dict(amp="bf16", knn_every=1, save_every=2, workers=0, data_dir="x")  # does not define the training
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in may.items()]
+    args = args_of("--resume", "--out", "run", *flags)
+    assert {name: getattr(args, name) for name in may} == may and args.epochs == 1
+
+
+def test_resume_takes_the_latest_run(small_textures):
+    for out in ("runs/textures", "runs/textures-2"):
+        train.main([*SMALL, "--epochs", "1", "--out", out])
+    os.utime("runs/textures/checkpoint.pt", (0, 0))
+    assert args_of("--resume").out == args_of("textures", "--resume").out == "runs/textures-2"
+    os.utime("runs/textures-2/checkpoint.pt", (-9, -9))
+    assert args_of("--resume").out == "runs/textures"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1923,7 +2073,10 @@ def test_a_signal_to_all_processes_saves_though_the_workers_may_die_of_it(tmp_pa
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == step
 
 
-def test_nohup_is_respected():
+def test_nohup_is_respected_and_a_second_signal_kills():
+    with train.noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGTERM)}
     with train.noted_signals():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
