@@ -1,4 +1,4 @@
-"""Is it any good? kNN, linear probe and fine-tuning of a pretrained backbone.
+"""How good are the features? kNN, linear probe and fine-tuning of a pretrained backbone.
 
     python eval.py runs/textures/checkpoint.pt              # kNN and linear probe
     python eval.py random --data textures                   # the same for an untrained network, to compare
@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, unit
 from train import (
     Images, extract_features, fail, in_range, learning_rate, load_data, make_loader, one_line_errors,
-    read_checkpoint, recipe_of, schedule, start_parser, to_flags,
+    read_checkpoint, recipe_of, schedule, start_parser, to_flags, whole_file,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def new_classifier(bank: Tensor, classes: int, seed: int) -> nn.Sequential:
     standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()
     variance, mean = torch.var_mean(bank, dim=0, correction=0)
     standardize.running_mean = mean.cpu()
-    # From below, for channels that are constant on the training set.
+    # Bounded from below, for a channel that is constant on the training set has no variance.
     standardize.running_var = variance.clamp_min(variance.mean() / 100).cpu()
     torch.manual_seed(seed)
     linear = nn.Linear(bank.shape[1], classes)
@@ -237,21 +237,23 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
 def save_features(path: str, **parts: tuple[Tensor, Tensor]) -> None:
     """{"train": {"features": (M, D), "labels": (M,)}, "test": ...} into a new file."""
     content = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in parts.items()}
-    with open(path, "xb") as file:  # never over another one
+    if os.path.lexists(path):  # it may have come up since
+        fail(f"--features {path} exists already: name a new file")
+    with whole_file(Path(path)) as file:
         torch.save(content, file)
 
 
 def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, path: Path) -> None:
     """A picture: ten test images in the left column, and beside each its nine nearest training images."""
+    if path.exists() and not path.with_name("metrics.jsonl").exists():
+        return print(f"no picture: {path} is there, and not in the folder of a run")
     shown = torch.linspace(0, len(test) - 1, min(10, len(test))).long()
     nearest = (unit(features[shown]) @ unit(bank).T).topk(min(9, len(bank)), dim=1).indices.cpu()
     tiles = []
     for query, neighbours in zip(shown, nearest):
         tiles += [test[None, query[None]][0], train[None, neighbours][0]]
-    try:
-        torchvision.utils.save_image(torch.cat(tiles) / 255, path, nrow=nearest.shape[1] + 1)
-    except OSError as error:
-        print(f"no picture in {path} ({error.strerror})")
+    with whole_file(path) as file:
+        torchvision.utils.save_image(torch.cat(tiles) / 255, file, format="png", nrow=nearest.shape[1] + 1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
     if not isinstance(saved, dict):
         fail(f"{args.checkpoint} is not a checkpoint of train.py or the authors' code")
-    data = args.data or str(saved.get("data", ""))
+    data = (args.data or str(saved.get("data", ""))).replace("\0", "?")
     if not data:
         fail(f"which images? {args.checkpoint} does not say: add --data")
 
@@ -333,8 +335,12 @@ def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str])
     for flag in IGNORED.get(args.task, []):
         if flag in given:
             fail(f"{flag} changes nothing in {args.task}: leave it out")
-    if args.features and (os.path.exists(args.features) or not Path(args.features).absolute().parent.is_dir()):
-        fail(f"--features {args.features} exists already, or its folder does not: name a new file")
+    if "--crop-min" in given and args.task != "finetune" and not args.official:
+        fail("--crop-min changes nothing without crops: add --official, or leave it out")
+    if args.features:
+        path = Path(args.features).absolute()
+        if os.path.lexists(path) or not path.parent.is_dir():
+            fail(f"--features {args.features} exists already, or its folder does not: name a new file")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fail("eval.py runs in one process: start it without torchrun")
 

@@ -33,12 +33,12 @@ Where this file departs from the authors' released code, and why:
   - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
   - The BN on z has no learned scale and shift, as in their code; Sec. 3 does not say so (Sec. 4.4).
 
-In a project of yours; it runs as it stands, on 256 images of noise:
+Use it like this. The example runs as it stands, on 32 images of noise:
 
     import torch
     from simsiam import SimSiam, augment, build_backbone, simsiam_loss
 
-    loader = torch.rand(4, 64, 3, 32, 32)                            # batches of images in [0, 1]
+    loader = torch.rand(2, 16, 3, 32, 32)                            # batches of images in [0, 1]
     backbone, feature_dim = build_backbone("resnet18", stem="cifar")
     model = SimSiam(backbone, feature_dim, layers=2)                 # App. D
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
@@ -48,7 +48,7 @@ In a project of yours; it runs as it stands, on 256 images of noise:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = model.backbone.eval()(x)                              # (64, 512): what you keep
+    features = model.backbone.eval()(x)                              # (16, 512): what you keep
 """
 
 import math
@@ -132,8 +132,8 @@ def unit(x: Tensor) -> Tensor:
     # is scaled, so autograd may take this factor as a constant, and the gradient is still exact.
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
     x = x / torch.where(scale > 0, scale, 1)
-    # The largest entry is now 1 and so the length 1 or more: the bound is for rows of zeros alone. It stays
-    # clear of 1, for clamp_min passes only a part of the gradient where the length equals the bound.
+    # The largest entry is now 1, so the length is 1 or more and the bound is for rows of zeros alone. It is
+    # 0.5 and not 1: where a length equals the bound, as a one-hot row's would, clamp_min halves its gradient.
     return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
 
 
@@ -207,7 +207,7 @@ def linear_bn_relu(
 def build_projector(
     feature_dim: int, hidden: int, dim: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
-    """The projection MLP of Sec. 3: (N, feature_dim) to (N, dim) in 2 or 3 layers. `bn` as in SimSiam."""
+    """The projection MLP of Sec. 3: (N, feature_dim) to (N, dim) in `layers` layers. `bn` as in SimSiam."""
     mlp: list[nn.Module] = []
     fan_in = feature_dim
     for _ in range(layers - 1):
@@ -243,7 +243,7 @@ class SimSiam(nn.Module):
     layers: 3 on ImageNet (Sec. 3), 2 on CIFAR-10 (App. D).
     predictor_hidden: the bottleneck of h, by default dim // 4 (App. B).
 
-    The last two repeat the paper's ablations:
+    For the paper's ablations:
     bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
     affine: scale and shift in the BN on z (Sec. 4.4).
     Raises ValueError on another bn.
@@ -286,7 +286,7 @@ def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -
 
 
 def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
-    """What follows the crop: color jitter, gray and blur, each in some of the images. Changes x."""
+    """What follows the crop: color jitter, gray and blur, each in some of the images. Changes x itself."""
 
     def some(probability: float) -> Tensor:
         return (torch.rand(len(x)) < probability).nonzero()[:, 0].to(x.device)
@@ -324,7 +324,8 @@ def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
 def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """top, left, height, width, each (N,), as RandomResizedCrop draws them, but for its fallback.
 
-    After ten tries that do not fit, ours is the whole image, theirs the largest centre of an allowed shape.
+    After ten tries that do not fit, this one takes the whole image, torchvision's the largest centre of an
+    allowed shape.
     """
     area = height * width * torch.empty(n, 10).uniform_(crop_min, 1)
     ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()

@@ -9,17 +9,19 @@
 Every epoch prints loss (-1 is its minimum), spread (1 healthy, 0 collapsed), effective rank of the
 backbone's features, and every few epochs their kNN top-1. OUT, by default runs/DATA, receives checkpoint.pt,
 metrics.jsonl and views.png. In reading order: recipes, one step, the loop and what it reports, the two
-variants of Sec. 5.2, data, flags, plumbing. The first 300 lines are the method; what they call stands below.
+variants of Sec. 5.2, data, flags, plumbing. What the first parts call stands below them.
 """
 
 import argparse
 import contextlib
 import copy
 import datetime
+import importlib.util
 import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -189,12 +191,13 @@ class Trainer:
             groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
             self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
             for weight, held in self.optimizer.state.items():
-                assert held["momentum_buffer"].shape == weight.shape
+                if held["momentum_buffer"].shape != weight.shape:
+                    raise ValueError("momentum of another shape")
             self.sums.copy_(state["sums"])
             self.step = range(self.steps + 1).index(state["step"])  # refuses 2.5, and more than there are
             self.seconds = float(state["seconds"])
-            self.history = [dict(row) for row in state["history"]]
-            advice(self.history)  # reads them
+            self.history = json.loads(json.dumps(state["history"]))
+            sum(row["loss"] + row["spread"] + row["step"] for row in self.history)  # are there, and numbers
         except Exception as error:  # whatever a file of the right form may hold
             kind = type(error).__name__
             fail(f"{self.args.out}/checkpoint.pt does not fit this run ({kind}: {error}): name another --out")
@@ -270,22 +273,23 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
             number = int(over_ranks(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))  # stop together
             if ended or number or trainer.step % 50 == 0:  # to read a number makes a GPU wait: rarely
                 check_finite(trainer)
-                show_progress(position, trainer.per_epoch)
+                if sys.stdout and sys.stdout.isatty():
+                    print0(f"step {position}/{trainer.per_epoch} ", end="\r")
             if ended:
                 seconds = max(time.monotonic() - began, 1e-9)
                 trainer.seconds += seconds
                 report(trainer, test, (trainer.step - first) * args.batch_size / seconds)
                 began = time.monotonic()
                 first = trainer.step
-            if number or ended and (epoch % args.save_every == 0 or epoch == args.epochs):
+            if number or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
             if number:
                 break
-        if not number and trainer.step < trainer.steps:  # a worker has died of it
+        if not number and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
             number = max(noted)
             save(trainer)
         if number:
-            go_on = f"python train.py --resume --out {args.out}"
+            go_on = f"python train.py --resume --out {shlex.quote(args.out)}"
             print0(f"{signal.Signals(number).name} at step {trainer.step}: saved; go on with {go_on}")
             sys.exit(128 + number)
 
@@ -302,6 +306,8 @@ def introduce(trainer: Trainer) -> None:
     print0(f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: {knn}")
     if trainer.step == trainer.steps:
         print0(f"the run in {args.out} is already finished")
+    elif args.resume and trainer.step == 0:
+        print0(f"nothing to resume in {args.out}: the run begins")
 
 
 def report(trainer: Trainer, test: "Images | None", rate: float) -> None:
@@ -347,7 +353,7 @@ def advice(history: list[dict[str, Any]]) -> str:
     if loss < -0.8 and spread_ < 0.55:  # 0.30 to 0.44 without the stop-gradient; with it and BN, 0.61 or more
         return (
             "collapse: the z grow alike (low loss, low spread). Is the stop-gradient there, does each"
-            " prediction meet the OTHER view, have the heads their BN? Then App. A's augmentations, a lower --base-lr"
+            " prediction meet the OTHER view, have the heads their BN? Then App. A's views, a lower --base-lr"
         )
     if loss < -0.96 and spread_ < 0.8:  # -0.97 at 0.6 to 0.7 without h; -0.95 at 0.9 or more for the recipe
         return (
@@ -372,7 +378,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
             dist.broadcast(buffer, 0)  # one network: without SyncBN the ranks' running means differ
 
     options = dict(device=trainer.device, amp=trainer.amp, workers=trainer.args.workers)
-    shown = test or images
+    shown = images if test is None else test
     some = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()  # spread over all classes
     if not knn or images.labels is None:
         return effective_rank(extract_features(backbone, shown.subset(some), **options)).item(), None
@@ -393,7 +399,7 @@ def extract_features(
     """
     rank, world = rank_and_world()
     n = len(images)
-    # Around the end and on from the start, so that every rank has equally many to gather.
+    # Wraps around at the end, so that every rank has equally many to gather.
     mine = (torch.arange(math.ceil(n / world) * world) % n)[rank::world]
     mode = backbone.training
     backbone.eval()
@@ -600,9 +606,9 @@ def load_torchvision(name: str, root: str, is_train: bool) -> tuple[Tensor, Tens
         if not first:
             over_ranks(torch.zeros(1))  # waits: one process of each machine downloads
         dataset = kind(root, train=is_train, download=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:  # no network, no space, damaged
+    except Exception as error:  # no network, no space, damaged: torchvision raises all kinds
         archive = getattr(kind, "filename", "FashionMNIST/raw with its four files, unpacked,")
-        fail(f"{name} is not in {root}, and no download ({error}): put {archive} into --data-dir {root}")
+        fail(f"{name} can't be read or downloaded ({error}): put {archive} into --data-dir {root}")
     if first:
         over_ranks(torch.zeros(1))
     images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
@@ -627,8 +633,8 @@ def load_folder(root: Path) -> list[tuple[list[str], Tensor | None]]:
     seen = [{name[0] for name in column} for column in names]
     if differing := sorted(seen[0] ^ seen[1]):
         print0(f"warning: only one of train and val has images of {', '.join(differing[:5])}", sys.stderr)
-    classes = sorted(seen[0] | seen[1])  # one numbering for both
-    labels = [torch.tensor([classes.index(name[0]) for name in column]) for column in names]
+    classes = {name: label for label, name in enumerate(sorted(seen[0] | seen[1]))}  # one numbering for both
+    labels = [torch.tensor([classes[name[0]] for name in column]) for column in names]
     return list(zip(files, labels))
 
 
@@ -638,11 +644,12 @@ def find_images(part: Path) -> list[str]:
     files = []
     walked = set()
     for folder, folders, names in os.walk(part, followlinks=True):
-        if os.path.realpath(folder) in walked or "checkpoint.pt" in names:  # a loop of links, or a run's OUT
+        is_run = "checkpoint.pt" in names and folder != str(part)  # a run's OUT has pictures of its own
+        if is_run or os.path.realpath(folder) in walked:  # or the links go round in a circle
             folders.clear()
             continue
         walked.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         images = [name for name in names if name[0] != "." and name.lower().endswith(extensions)]
         files += [os.path.join(folder, name) for name in images]
     files.sort()  # the same order everywhere
@@ -661,6 +668,8 @@ def find_images(part: Path) -> list[str]:
 
 
 def is_readable(path: str) -> bool:
+    if not os.path.isfile(path):  # a pipe would never end
+        return False
     try:
         with Image.open(path, formats=FORMATS) as file:
             file.draft("RGB", (8, 8))  # reads all of a JPEG, but decodes it at an eighth: quicker by far
@@ -839,16 +848,17 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         fail("DATA or --out is empty: name a data set or a folder")
     out = choose_out(args.data, args.out, args.resume)
     checkpoint = None
-    if args.resume and (out / "checkpoint.pt").exists():
+    if args.resume and os.path.lexists(out / "checkpoint.pt"):  # a link that leads nowhere is an error
         checkpoint = read_checkpoint(out / "checkpoint.pt")
-        if type(checkpoint.get("args")) is not dict or type(checkpoint.get("step")) is not int:
+        step = checkpoint.get("step")
+        if type(checkpoint.get("args")) is not dict or type(step) is not int or not 0 <= step < 2**62:
             fail(f"{out}/checkpoint.pt is not one of train.py: name another --out")
-    step = torch.tensor(checkpoint["step"] if checkpoint else -1)
-    if over_ranks(step, dist.ReduceOp.MIN) != over_ranks(step, dist.ReduceOp.MAX):
+    found = torch.tensor(checkpoint["step"] if checkpoint else -1)
+    if over_ranks(found, dist.ReduceOp.MIN) != over_ranks(found, dist.ReduceOp.MAX):
         fail(f"not all processes see {out}/checkpoint.pt: put --out where all nodes can read it", status=1)
 
     saved = checkpoint["args"] if checkpoint else {}
-    data = args.data or str(saved.get("data", "textures"))
+    data = (args.data or str(saved.get("data", "textures"))).replace("\0", "?")
     if data not in RECIPES:
         data = os.path.realpath(data)  # to be found again from another folder
     parser.set_defaults(**recipe_of(data))
@@ -876,10 +886,12 @@ def to_flags(saved: dict[str, Any], names: Iterable[str]) -> list[str]:
         value = saved[name]
         if value is True:
             words.append(flag)
-        elif isinstance(value, list):
+        elif type(value) is list and [type(item) for item in value] == [float] * 3:  # mean and std
             words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
+        elif type(value) in (int, float, str):
             words.append(f"{flag}={value}")
+        elif value is not None and value is not False:
+            words.append(f"{flag}=?")  # which no flag takes
     return words
 
 
@@ -907,6 +919,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         fail(f"--amp fp16 needs CUDA, and this is {args.device}: choose bf16 or off")
     if len({"--mean", "--std"} & given) == 1:
         fail("--mean and --std go together: give both or none")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        fail("--tensorboard needs a package: pip install tensorboard, or leave it out")
     if args.eta_momentum and (world, args.alternate, args.pairs, args.similarity) != (1, 1, 1, "cosine"):
         fail("--eta-momentum is for one process: leave out --alternate, --pairs, --similarity and torchrun")
     if args.no_stop_gradient and (args.eta_momentum or args.alternate > 1):
@@ -951,13 +965,6 @@ def print0(message: str, file: Any = None, end: str = "\n") -> None:
         message = message.encode(errors="backslashreplace").decode()  # file names may be any bytes
         with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe does not end a training
             print(message, file=file, end=end, flush=True)
-
-
-def show_progress(position: int, per_epoch: int) -> None:
-    """The step within the epoch, on a terminal alone."""
-    with contextlib.suppress(AttributeError, ValueError):  # stdout may be None or closed
-        if sys.stdout.isatty():
-            print0(f"step {position}/{per_epoch} ", end="\r")
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -1006,10 +1013,10 @@ def choose_out(data: str | None, out: str | None, resume: bool) -> Path:
         name = Path(data or "textures").resolve().name or "data"
         names = (f"{name}-{i}" if i > 1 else name for i in itertools.count(1))
         return next(Path("runs", name) for name in names if not Path("runs", name).exists())
-    if Path(out).exists() and not Path(out).is_dir():
-        fail(f"--out {out} is a file: name a folder")
-    there = {path.name for path in Path(out).glob("[!.]*")}
-    resumable = "checkpoint.pt" in there or there == {"metrics.jsonl"}  # the latter: killed as it began
+    if os.path.lexists(out) and not Path(out).is_dir():
+        fail(f"--out {out} is no folder: name another one")
+    there = {path.name: path.lstat().st_size for path in Path(out).glob("[!.]*")}
+    resumable = "checkpoint.pt" in there or there == {"metrics.jsonl": 0}  # the latter: killed as it began
     if there and not (resume and resumable):
         fail(f"--out {out} is in use: add --resume to go on with a run of its own, or name a new folder")
     return Path(out)
@@ -1020,12 +1027,14 @@ def begin(trainer: Trainer, test: Images | None) -> None:
     args = trainer.args
     out = Path(args.out)
     if trainer.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
                 open(out / "metrics.jsonl", "x").close()  # of two runs that begin here at once, one gets it
-            except FileExistsError:
-                fail(f"--out {out} was taken by another run in the meantime: name another folder")
+        except OSError as error:
+            there = (out / "metrics.jsonl").exists()
+            why = "was taken by another run in the meantime" if there else f"can't be made ({error.strerror})"
+            fail(f"--out {out} {why}: name another folder")
     write_metrics(trainer)  # the rows that a killed run wrote after its last checkpoint go
     if trainer.step == 0:
         save(trainer)  # now there is always something to resume, and a full disk shows at once
@@ -1086,6 +1095,8 @@ def save_views(trainer: Trainer) -> None:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The dict that torch.save wrote there. Never runs code from the file."""
+    if not path.is_file():
+        fail(f"{path} is not there, or no file: check the path")
     try:
         if zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
@@ -1134,15 +1145,21 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def until_signal(batches: Iterator[Any], noted: list[int]) -> Iterator[Any]:
-    """The batches. Where a worker dies of the very signal that was noted, they end without an error."""
-    if hasattr(signal, "SIGCHLD"):
-        # torch's handler raises wherever an update stands; without it a worker's death shows between two.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """The batches. Where a worker dies of the very signal that was noted, they end without an error.
+
+    For the while, torch's handler of SIGCHLD is off: it would raise wherever an update stands. Without it the
+    death of a worker shows here, between two updates.
+    """
+    child = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = signal.signal(child, signal.SIG_DFL) if child else None
     try:
         yield from batches
     except (OSError, RuntimeError):
         if not noted:
             raise
+    finally:
+        if child:
+            signal.signal(child, before)
 
 
 @contextlib.contextmanager
@@ -1150,8 +1167,6 @@ def one_line_errors() -> Iterator[None]:
     """Faults of the machine, too, end in one line."""
     try:
         yield
-    except ModuleNotFoundError as error:
-        fail(f"a package is missing: pip install {error.name}")
     except (OSError, RuntimeError, MemoryError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a worker's has a traceback
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
