@@ -30,7 +30,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -52,7 +51,6 @@ from simsiam import (
 # ------------------------------------------------------------------------------------------------
 # Recipes: what a flag is by default on each data set. lr = base_lr * batch_size / 256.
 
-# fmt: off
 IMAGENET = dict(
     arch="resnet50", stem="imagenet", image_size=224, layers=3, hidden=2048, dim=2048,  # Sec. 3
     epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4,  # Sec. 3
@@ -73,12 +71,7 @@ FASHION = TEXTURES | dict(  # ours, for 40 minutes on two CPU cores
     image_size=28, epochs=30, knn_every=10,
     crop_min=0.4,  # the best of 0.2, 0.4 and 0.7 after two epochs with --holdout: kNN 78.2, 79.7, 78.4 %
 )
-# fmt: on
 RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
-
-
-def recipe_of(data: str) -> dict[str, Any]:
-    return RECIPES.get(data, IMAGENET)  # a folder
 
 
 # ------------------------------------------------------------------------------------------------
@@ -101,14 +94,14 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, images: "Images", device: torch.device):
         self.args = args
         self.images = images
-        self.data = images.fingerprint()
+        self.fingerprint = images.fingerprint()  # a resume compares it
         self.device = device
         self.amp = amp_dtype(args.amp, device)
         self.rank, self.world = rank_and_world()
         self.per_epoch = len(images) // args.batch_size  # steps
         self.steps = args.epochs * self.per_epoch
         self.warmup = args.warmup_epochs * self.per_epoch
-        self.peak = args.base_lr * args.batch_size / 256  # of the lr; the batch is that of all ranks together
+        self.peak = args.base_lr * args.batch_size / 256  # the lr's; batch_size is that of all ranks together
         self.step = 0
         self.seconds = 0.0
         self.sums = torch.zeros(2, device=device)  # of loss and spread, over the epoch so far
@@ -174,7 +167,7 @@ class Trainer:
             model=self.model.state_dict(), backbone=self.model.backbone.state_dict(),
             targets=self.targets.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), sums=over_ranks(self.sums) / self.world, step=self.step,
-            seconds=self.seconds, history=self.history, data=self.data,
+            seconds=self.seconds, history=self.history, data=self.fingerprint,
             args={name: value for name, value in vars(self.args).items() if name not in NOT_SAVED},
         )  # fmt: skip
 
@@ -182,8 +175,8 @@ class Trainer:
         """Stops where the state does not fit. All or nothing: what was loaded by then is not used."""
         try:
             count, names = state["data"]
-            if [count, names] != self.data:
-                other = f"{self.data[0]}, or images of other names: restore them, or start anew"
+            if [count, names] != self.fingerprint:
+                other = f"{self.fingerprint[0]}, or images of other names: restore them, or start anew"
                 fail(f"--resume: {self.args.data} had {count} images, and now {other}")
             self.model.load_state_dict(state["model"])
             self.targets.load_state_dict(state["targets"])
@@ -262,36 +255,43 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
 
     with noted_signals() as noted:
         trainer.model.train()
-        began = time.monotonic()
-        first = trainer.step
-        number = 0  # of the signal that ends the training
+        began = time.monotonic()  # of what the next report calls its speed
+        since = trainer.step
+        stop = 0  # the number of the signal that ends the training
         for batch, indices in until_signal(trainer.batches(), noted):
             trainer.update(batch, indices)
 
             epoch, position = divmod(trainer.step, trainer.per_epoch)
             ended = position == 0
-            number = int(over_ranks(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))  # stop together
-            if ended or number or trainer.step % 50 == 0:  # to read a number makes a GPU wait: rarely
+            # All ranks stop at the same step: a signal that one of them has noted counts for all.
+            stop = int(over_ranks(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))
+            # To read a number makes a GPU finish its work first, so this comes rarely.
+            if ended or stop or trainer.step % 50 == 0:
                 check_finite(trainer)
                 if sys.stdout and sys.stdout.isatty():
                     print0(f"step {position}/{trainer.per_epoch} ", end="\r")
             if ended:
-                seconds = max(time.monotonic() - began, 1e-9)
+                seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
                 trainer.seconds += seconds
-                report(trainer, test, (trainer.step - first) * args.batch_size / seconds)
+                report(trainer, test, (trainer.step - since) * args.batch_size / seconds)
                 began = time.monotonic()
-                first = trainer.step
-            if number or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
+                since = trainer.step
+            if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
-            if number:
+            if stop:
                 break
-        if not number and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
-            number = max(noted)
+        if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
+            stop = max(noted)
             save(trainer)
-        if number:
-            go_on = f"python train.py --resume --out {shlex.quote(args.out)}"
-            print0(f"{signal.Signals(number).name} at step {trainer.step}: saved; go on with {go_on}")
-            sys.exit(128 + number)
+        if stop:
+            leave(trainer, stop)
+
+
+def leave(trainer: Trainer, stop: int) -> NoReturn:
+    """Ends the program as a shell expects it of one that a signal has ended."""
+    go_on = f"python train.py --resume --out {shlex.quote(trainer.args.out)}"
+    print0(f"{signal.Signals(stop).name} at step {trainer.step}: saved; go on with {go_on}")
+    sys.exit(128 + stop)
 
 
 def introduce(trainer: Trainer) -> None:
@@ -314,6 +314,7 @@ def report(trainer: Trainer, test: "Images | None", rate: float) -> None:
     """Measures, prints and writes the row of the epoch that ends here, and empties the sums."""
     args = trainer.args
     epoch = trainer.step // trainer.per_epoch
+    # Every rank has summed over its own part of the batches.
     loss, spread_ = (over_ranks(trainer.sums) / trainer.world / trainer.per_epoch).tolist()
     trainer.sums.zero_()
     knn_now = args.knn_every > 0 and (epoch % args.knn_every == 0 or epoch == args.epochs)
@@ -377,6 +378,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)  # one network: without SyncBN the ranks' running means differ
 
+    # Backbone features, not z: the projector is trained to forget what the two views do not share.
     options = dict(device=trainer.device, amp=trainer.amp, workers=trainer.args.workers)
     shown = images if test is None else test
     some = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()  # spread over all classes
@@ -601,10 +603,11 @@ def load_torchvision(name: str, root: str, is_train: bool) -> tuple[Tensor, Tens
     """A data set of torchvision: images (N, 3, H, W) uint8 as RGB, and labels (N,)."""
     sets = torchvision.datasets
     kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "fashion-mnist": sets.FashionMNIST}[name]
+    # One process of each machine downloads, and the others wait for it in over_ranks.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         if not first:
-            over_ranks(torch.zeros(1))  # waits: one process of each machine downloads
+            over_ranks(torch.zeros(1))
         dataset = kind(root, train=is_train, download=True)
     except Exception as error:  # no network, no space, damaged: torchvision raises all kinds
         archive = getattr(kind, "filename", "FashionMNIST/raw with its four files, unpacked,")
@@ -654,6 +657,7 @@ def find_images(part: Path) -> list[str]:
         files += [os.path.join(folder, name) for name in images]
     files.sort()  # the same order everywhere
 
+    # One bad file among a million would end the training hours later; to look at all of them takes minutes.
     rank, world = rank_and_world()
     fine = torch.zeros(len(files), dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
@@ -743,8 +747,12 @@ def normalize(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
 # Flags
 
 COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
-NOT_SAVED = ["resume", "out", "device", "workers", "tensorboard"]  # a checkpoint does not speak of them
+NOT_SAVED = ["resume", "out", "device", "workers", "tensorboard"]  # of the machine or the call
 MAY_CHANGE = ["data_dir", "knn_every", "save_every", "amp"]  # at a resume: they do not define the training
+
+
+def recipe_of(data: str) -> dict[str, Any]:
+    return RECIPES.get(data, IMAGENET)  # a folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -843,6 +851,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     """Checked arguments, and the checkpoint to go on from or None. Flags over checkpoint over recipe."""
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
+    # First as typed, for that says where the run is; then once more, over what its checkpoint says.
     args = parser.parse_args(words)
     if "" in (args.data, args.out):
         fail("DATA or --out is empty: name a data set or a folder")
@@ -853,6 +862,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         step = checkpoint.get("step")
         if type(checkpoint.get("args")) is not dict or type(step) is not int or not 0 <= step < 2**62:
             fail(f"{out}/checkpoint.pt is not one of train.py: name another --out")
+    # On two hosts that share no files one would go on and the other begin, and each wait for the other.
     found = torch.tensor(checkpoint["step"] if checkpoint else -1)
     if over_ranks(found, dist.ReduceOp.MIN) != over_ranks(found, dist.ReduceOp.MAX):
         fail(f"not all processes see {out}/checkpoint.pt: put --out where all nodes can read it", status=1)
@@ -862,6 +872,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     if data not in RECIPES:
         data = os.path.realpath(data)  # to be found again from another folder
     parser.set_defaults(**recipe_of(data))
+    # What was saved comes first on the command line, and what was typed behind it: the last one counts.
     names = vars(args).keys() - {*NOT_SAVED, "data"}
     flags = to_flags(saved, names)
     parser.error = lambda message: fail(f"{out}/checkpoint.pt is damaged ({message}): name another --out")
@@ -925,6 +936,7 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         fail("--eta-momentum is for one process: leave out --alternate, --pairs, --similarity and torchrun")
     if args.no_stop_gradient and (args.eta_momentum or args.alternate > 1):
         fail("--no-stop-gradient: targets of --alternate and --eta-momentum have no gradient; use only one")
+    # A flag that would change nothing is a misunderstanding: better to hear of it than to wait for it.
     for flag, ignored, because in (
         ("--width", args.arch != "convnet", f"--arch {args.arch}"),
         ("--stem", args.arch == "convnet", f"--arch {args.arch}"),
@@ -1128,7 +1140,7 @@ def noted_signals() -> Iterator[list[int]]:
     """Inside, SIGINT, SIGTERM and SIGHUP are only noted, in the list; a second one kills."""
     noted: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, frame: Any) -> None:
         noted.append(number)
         # torchrun passes on what the terminal has sent to all already; it kills by itself if need be.
         second = signal.SIG_IGN if dist.is_initialized() else signal.SIG_DFL
