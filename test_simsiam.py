@@ -1,4 +1,4 @@
-"""What this project claims, one test a claim. Run: python -m pytest -q (under three minutes on two CPU cores).
+"""What this project claims, one test a claim. Run: python -m pytest -q (about three minutes on two CPU cores).
 
 In the order of the files: the loss, the networks, the views, the monitors; then recipes, data, training;
 evaluation; and last what a user can do wrong and what a machine can do to a long run. Every expected value comes
