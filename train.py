@@ -647,11 +647,12 @@ def find_images(part: Path) -> list[str]:
     files = []
     walked = set()
     for folder, folders, names in os.walk(part, followlinks=True):
+        place = os.path.realpath(folder)
         is_run = "checkpoint.pt" in names and folder != str(part)  # a run's OUT has pictures of its own
-        if is_run or os.path.realpath(folder) in walked:  # or the links go round in a circle
+        if is_run or place in walked:  # or the links go round in a circle
             folders.clear()
             continue
-        walked.add(os.path.realpath(folder))
+        walked.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         images = [name for name in names if name[0] != "." and name.lower().endswith(extensions)]
         files += [os.path.join(folder, name) for name in images]
