@@ -1,18 +1,21 @@
 """How good are the features? kNN, linear probe and fine-tuning of a pretrained backbone.
 
-    python eval.py runs/textures/checkpoint.pt              # kNN and linear probe
-    python eval.py random --data textures                   # the same for an untrained network, to compare
-    python eval.py runs/textures/checkpoint.pt finetune --labels-per-class 10
+    python eval.py runs/textures                            # kNN and linear probe
+    python eval.py runs/textures --untrained                # the same network untrained, to compare
+    python eval.py runs/textures finetune --labels-per-class 10 --save classifier.pt
+    python eval.py classifier.pt predict PICTURE ...        # with a classifier that was saved
+    python eval.py runs/textures neighbors PICTURE ...      # the training images most like them
     python eval.py pixels knn --data fashion-mnist          # no network at all
 
-CHECKPOINT is a file of train.py, one that the authors of SimSiam released, a state_dict of torchvision's
-names, or one of the words "random" and "pixels". Features are the backbone's, in eval mode, frozen: a probe
-that leaves BatchNorm in training mode changes the network that it measures. Every test image counts, and the
-last epoch is reported: the best one on the test set would be chosen with the test set.
-In reading order: from a file to a frozen backbone, the protocols, the whole, flags.
+CHECKPOINT is a run's folder, a file of train.py, one that the authors of SimSiam released, a state_dict of
+torchvision's names, or one of the words "random" and "pixels". Features are the backbone's, in eval mode,
+frozen: a probe that leaves BatchNorm in training mode changes the network that it measures. Every test image
+counts, and the last epoch is reported: the best one on the test set would be chosen with the test set.
+In reading order: from a file to a frozen backbone, the protocols, the whole, what stays, flags.
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -27,14 +30,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, unit
 from train import (
-    Images, extract_features, fail, in_range, learning_rate, load_data, make_loader, one_line_errors,
-    read_checkpoint, recipe_of, schedule, start_parser, to_flags, whole_file,
+    RECIPES, Images, Progress, extract_features, fail, find_images, in_range, learning_rate, load_data,
+    make_loader, one_line_errors, read_checkpoint, recipe_of, save_picture, schedule, start_parser, to_flags,
+    whole_file,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -64,7 +67,7 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
         return nn.Flatten(1)
     torch.manual_seed(args.seed)
     backbone, _ = build_backbone(args.arch, args.stem, args.width)
-    if args.checkpoint != "random":
+    if not args.untrained:
         weights = backbone_weights(content)
         try:
             backbone.load_state_dict(weights, strict=True)
@@ -79,14 +82,15 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
 # The protocols: training on labels
 
 
-def few_labels(labels: Tensor, per_class: int, seed: int) -> Tensor:
+def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
     """Indices of per_class images of each class, drawn at random. Stops where a class has fewer."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     chosen = []
-    for label in labels.unique():
-        mine = order[labels[order] == label][:per_class]
+    for label in train.labels.unique():
+        mine = order[train.labels[order] == label][:per_class]
         if len(mine) < per_class:
-            fail(f"--labels-per-class {per_class}: class {label} has only {len(mine)} images: take fewer")
+            name = train.class_name(int(label))
+            fail(f"--labels-per-class {per_class}: class {name} has only {len(mine)} images: take fewer")
         chosen.append(mine)
     return torch.cat(chosen)
 
@@ -119,6 +123,7 @@ def fit(
     """
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=peak, momentum=0.9)
+    progress = Progress()
     for step, (x, target) in enumerate(zip(batches, targets)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, warmup=0)
         loss = F.cross_entropy(model(x), target.to(x.device))
@@ -126,6 +131,7 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(weights, clip)
         optimizer.step()
+        progress("training on labels: step", step + 1, steps)
 
 
 def new_classifier(bank: Tensor, classes: int, seed: int) -> nn.Sequential:
@@ -145,9 +151,9 @@ def new_classifier(bank: Tensor, classes: int, seed: int) -> nn.Sequential:
 
 
 def linear_probe(
-    backbone: nn.Module, train: Images, bank: Tensor, features: Tensor, args: argparse.Namespace
-) -> tuple[Tensor, str]:
-    """Predicted labels of the test features, and a word on how; the backbone stays as it is.
+    backbone: nn.Module, train: Images, bank: Tensor, args: argparse.Namespace
+) -> tuple[nn.Sequential, str]:
+    """The head for the backbone's features, and a word on how it was trained; the backbone stays as it is.
 
     By default on features computed once, standardized. --official: on those of new crops every epoch, as the
     authors' code, and raw; lr 30 is App. A's.
@@ -157,7 +163,7 @@ def linear_probe(
     steps = plan(len(train), batch, args.epochs, args.seed)
     model = new_classifier(bank, len(classes), args.seed)
     if args.official:
-        model = model[1]
+        model[0] = nn.Identity()
         how, base_lr = "crops and flips", 30.0
         cut = crops(train, steps, args.crop_min, args.device, args.workers)
         batches = (backbone(x) for x in cut)
@@ -166,15 +172,13 @@ def linear_probe(
         batches = (bank[i] for _, i in steps)
     base_lr = base_lr if args.base_lr is None else args.base_lr
     fit(model, batches, (positions[i] for _, i in steps), len(steps), base_lr * batch / 256)
-    with torch.no_grad():
-        predicted = classes[model(features).argmax(dim=1).cpu()]
-    return predicted, f"{how}; {recipe(base_lr, batch, args.epochs, steps)}"
+    return model, f"{how}; {recipe(base_lr, batch, args.epochs, steps)}"
 
 
 def finetune(
-    backbone: nn.Module, train: Images, test: Images, bank: Tensor, args: argparse.Namespace
-) -> tuple[Tensor, str]:
-    """Predicted labels of the test images by all weights, tuned on labels, and a word on how."""
+    backbone: nn.Module, train: Images, bank: Tensor, args: argparse.Namespace
+) -> tuple[nn.Sequential, str]:
+    """The head, and a word on how it was trained, with the backbone, which changes."""
     classes, positions = train.labels.unique(return_inverse=True)
     batch = args.batch_size or 64
     base_lr = 0.1 if args.base_lr is None else args.base_lr
@@ -186,12 +190,12 @@ def finetune(
     model = nn.Sequential(backbone.requires_grad_(True), head)
     # BN keeps the statistics of the pretraining, for ten labelled images give worse; an untrained network
     # has none to keep.
-    model.train(args.checkpoint == "random")
+    model.train(args.untrained)
     # Clipped, for pretraining leaves weights so small that a usual lr would be far too large for them.
     cut = crops(train, steps, args.crop_min, args.device, args.workers)
     fit(model, cut, targets, len(steps), base_lr * batch / 256, clip=1.0)
-    logits = extract_features(model, test, args.device, workers=args.workers)
-    return classes[logits.argmax(dim=1).cpu()], f"all weights; {recipe(base_lr, batch, args.epochs, steps)}"
+    model.eval().requires_grad_(False)
+    return head, f"all weights; {recipe(base_lr, batch, args.epochs, steps)}"
 
 
 def recipe(base_lr: float, batch: int, epochs: int, steps: list[Any]) -> str:
@@ -203,68 +207,198 @@ def recipe(base_lr: float, batch: int, epochs: int, steps: list[Any]) -> str:
 
 
 def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
-    """Loads, and prints a line for each task."""
+    """Loads, does each task, and writes what the flags ask for."""
     backbone = load_backbone(args, content)
     train, test = load_data(args)
-    if train.labels is None:
-        fail(f"{args.data} has no labels: kNN and probes need train/ and val/ with a folder for each class")
+    tasks = choose_tasks(args, train, test)
     if args.labels_per_class:
-        train = train.subset(few_labels(train.labels, args.labels_per_class, args.seed))
-    bank = extract_features(backbone, train, args.device, workers=args.workers)  # (M, D)
-    features = extract_features(backbone, test, args.device, workers=args.workers)  # (N, D)
-    if args.features:
-        save_features(args.features, train=(bank, train.labels), test=(features, test.labels))
-    n, d = bank.shape
-    print(f"{args.data}: {n} labelled images, {len(test)} test images, features of length {d}")
+        train = train.subset(few_labels(train, args.labels_per_class, args.seed))
+    shown = train if test is None else test
+    options = dict(device=args.device, workers=args.workers)
+    bank = extract_features(backbone, train, **options)  # (M, D)
+    features = extract_features(backbone, shown, **options)  # (N, D)
+    if not (bank.isfinite().all() and features.isfinite().all()):
+        fail(f"{args.checkpoint} gives features that are not finite: take another checkpoint", status=1)
+    counts = f"{len(train)} training images, {'no' if test is None else len(test)} test images"
+    print(f"{args.data}: {counts}, features of length {bank.shape[1]}")
 
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    for task in [args.task] if args.task else ["knn", "linear"]:
-        if task == "knn":
-            predicted = knn_predict(features, bank, train.labels.to(bank.device), args.k, args.temperature)
-            how = f"k={args.k}, T={args.temperature}"
-        elif task == "linear":
-            predicted, how = linear_probe(backbone, train, bank, features, args)
+    for task in tasks:
+        if task == "neighbors":
+            print_neighbors(args, backbone, train, bank)
+        elif task == "knn":
+            k = min(args.k, len(bank))
+            predicted = knn_predict(features, bank, train.labels.to(bank.device), k, args.temperature)
+            report(args, task, f"k={k}, T={args.temperature}", predicted, test)
         else:
-            predicted, how = finetune(backbone, train, test, bank, args)
-        correct = (predicted.cpu() == test.labels).sum().item()
-        print(f"{task} ({how}): top-1 {correct / len(test):.2%} ({correct} of {len(test)})", flush=True)
+            head, how = (linear_probe if task == "linear" else finetune)(backbone, train, bank, args)
+            if task == "finetune":
+                bank = extract_features(backbone, train, **options)
+                features = extract_features(backbone, test, **options)
+            with torch.no_grad():
+                predicted = train.labels.unique()[head(features).argmax(dim=1).cpu()]
+            report(args, task, how, predicted, test)
+            if args.save:
+                save_classifier(args, backbone, head, train)
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or task == "finetune", "the probe changed the backbone"
-    if args.checkpoint not in ("random", "pixels"):
-        save_neighbors(train, test, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
+    if args.features:
+        save_features(args.features, train=(bank, train), **({"test": (features, test)} if test else {}))
+    if not args.untrained and args.checkpoint != "pixels" and args.task != "finetune":
+        save_neighbors(train, shown, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
 
-def save_features(path: str, **parts: tuple[Tensor, Tensor]) -> None:
-    """{"train": {"features": (M, D), "labels": (M,)}, "test": ...} into a new file."""
-    content = {name: dict(features=x.cpu(), labels=labels) for name, (x, labels) in parts.items()}
+def choose_tasks(args: argparse.Namespace, train: Images, test: Images | None) -> list[str]:
+    """The task of the command line, or kNN and the linear probe where there are labels to check them."""
+    if args.task == "neighbors":
+        return ["neighbors"]
+    if train.labels is not None and test is not None and test.labels is not None:
+        return [args.task] if args.task else ["knn", "linear"]
+    missing = "labels" if train.labels is None else "test images with labels (try --holdout)"
+    if args.task:
+        fail(f"{args.task}: {args.data} has no {missing}: it needs train/CLASS/ and val/CLASS/")
+    print(f"{args.data} has no {missing}: no kNN, no probe")
+    return []
+
+
+def report(args: argparse.Namespace, task: str, how: str, predicted: Tensor, test: Images) -> None:
+    """Top-1 over all images and for each class, printed, and with --json as a line there."""
+    correct = predicted.cpu() == test.labels
+    n = len(correct)
+    hits = int(correct.sum())
+    print(f"{task} ({how}): top-1 {hits / n:.2%} ({hits} of {n})", flush=True)
+    by_class = {}
+    for label in test.labels.unique():
+        by_class[test.class_name(int(label))] = correct[test.labels == label].float().mean().item()
+    worst = sorted(by_class, key=by_class.get)[:20]
+    accuracies = ", ".join(f"{name} {by_class[name]:.1%}" for name in worst)
+    print(f"  by class, the worst first: {accuracies}")
+    if args.json:
+        row = dict(
+            checkpoint=args.checkpoint, untrained=args.untrained, data=args.data, holdout=args.holdout,
+            labels_per_class=args.labels_per_class, seed=args.seed, task=task, how=how, top1=hits / n,
+            images=n, by_class=by_class,
+        )  # fmt: skip
+        with open(args.json, "a") as file:
+            print(json.dumps(row), file=file)
+
+
+# ------------------------------------------------------------------------------------------------
+# What stays: a classifier, features, pictures of neighbours
+
+
+def save_classifier(args: argparse.Namespace, backbone: nn.Module, head: nn.Module, train: Images) -> None:
+    """All that `predict` needs, tensors and plain types, in a new file."""
+    known = {name: getattr(args, name) for name in ("arch", "stem", "width", "image_size")}
+    content = dict(
+        args=known | dict(data=args.data, mean=train.mean, std=train.std),
+        classes=[train.class_name(int(label)) for label in train.labels.unique()],
+        model=backbone.state_dict(),
+        head=head.state_dict(),
+    )
+    write_new(args.save, content)
+
+
+def predict(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Prints for each picture its path, class, and the class's probability."""
+    backbone = load_backbone(args, content)
+    try:
+        weights = {str(name): value for name, value in content["head"].items()}
+        classes = [str(name) for name in content["classes"]]
+        head = new_classifier(torch.zeros(2, weights["1.weight"].shape[1]), len(classes), seed=0)
+        if "0.running_mean" not in weights:  # of --official
+            head[0] = nn.Identity()
+        head.load_state_dict(weights)
+    except Exception as error:  # whatever a file may hold
+        kind = type(error).__name__
+        remedy = "write one with linear --save or finetune --save"
+        fail(f"{args.checkpoint} holds no classifier ({kind}): {remedy}")
+    pictures = open_pictures(args)
+    model = nn.Sequential(backbone, head.eval().to(args.device))
+    logits = extract_features(model, pictures, args.device, workers=args.workers)
+    probability, label = logits.softmax(dim=1).max(dim=1)
+    for file, p, i in zip(pictures.files, probability.tolist(), label.tolist()):
+        print(f"{file}  {classes[i]}  {p:.1%}")
+
+
+def open_pictures(args: argparse.Namespace) -> Images:
+    """The files of the command line; of a folder all below it."""
+    files = []
+    for name in args.pictures:
+        files += find_images(Path(name))[1] if os.path.isdir(name) else [name]
+    return Images(files, None, args.image_size, mean=args.mean, std=args.std, files=files)
+
+
+def print_neighbors(args: argparse.Namespace, backbone: nn.Module, train: Images, bank: Tensor) -> None:
+    """Of each picture the five nearest training images by cosine: their number or file, and their class."""
+    pictures = open_pictures(args)
+    features = extract_features(backbone, pictures, args.device, workers=args.workers)
+    cosine, nearest = (unit(features) @ unit(bank).T).topk(min(5, len(bank)), dim=1)
+    for file, values, indices in zip(pictures.files, cosine.tolist(), nearest.tolist()):
+        print(file)
+        for value, i in zip(values, indices):
+            name = train.files[i] if train.files else f"training image {i}"
+            label = "" if train.labels is None else f"  {train.class_name(int(train.labels[i]))}"
+            print(f"  {value:.3f}  {name}{label}")
+
+
+def save_features(path: str, **parts: tuple[Tensor, Images]) -> None:
+    """{"train": {"features": (M, D), "labels": (M,) or None, "files": [...]}, "test": ..., "classes": [...]}"""
+    content: dict[str, Any] = {}
+    for name, (x, images) in parts.items():
+        content[name] = dict(features=x.cpu(), labels=images.labels, files=images.files)
+        content["classes"] = images.classes
+    write_new(path, content)
+
+
+def write_new(path: str, content: dict[str, Any]) -> None:
     if os.path.lexists(path):  # it may have come up since
-        fail(f"--features {path} exists already: name a new file")
+        fail(f"{path} exists already: name a new file")
     with whole_file(Path(path)) as file:
         torch.save(content, file)
+    print(f"wrote {path}")
 
 
 def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, path: Path) -> None:
-    """A picture: ten test images in the left column, and beside each its nine nearest training images."""
+    """A picture: ten test images on the left, and beside each its eight nearest training images.
+
+    A green frame has the class of the image on the left, a red one another.
+    """
     if path.exists() and not path.with_name("metrics.jsonl").exists():
         return print(f"no picture: {path} is there, and not in the folder of a run")
     shown = torch.linspace(0, len(test) - 1, min(10, len(test))).long()
-    nearest = (unit(features[shown]) @ unit(bank).T).topk(min(9, len(bank)), dim=1).indices.cpu()
-    tiles = []
-    for query, neighbours in zip(shown, nearest):
-        tiles += [test[None, query[None]][0], train[None, neighbours][0]]
-    with whole_file(path) as file:
-        torchvision.utils.save_image(torch.cat(tiles) / 255, file, format="png", nrow=nearest.shape[1] + 1)
+    similarity = unit(features[shown]) @ unit(bank).T
+    if test is train:  # without test images: each would be its own neighbour
+        similarity[torch.arange(len(shown)), shown] = -2
+    nearest = similarity.topk(min(8, len(bank)), dim=1).indices.cpu()
+    rows = {}
+    frames = []
+    for row, (query, neighbours) in enumerate(zip(shown, nearest)):
+        images = [test[None, query[None]][0], train[None, neighbours][0]]
+        blank = torch.full_like(images[0], 255)  # a gap
+        label = None if train.labels is None else test.labels[query]
+        name = "" if label is None else test.class_name(int(label))
+        rows[f"{row + 1}. {name}"] = torch.cat([images[0], blank, images[1]])
+        same = [False] * len(neighbours) if label is None else (train.labels[neighbours] == label).tolist()
+        colour = "white" if label is None else "firebrick"
+        frames.append(["white", "white", *("seagreen" if right else colour for right in same)])
+    save_picture(path, rows, frames)
+    print(f"wrote {path}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Flags
 
+OURS = ["checkpoint.pt", "metrics.jsonl", "views.png", "neighbors.png"]
 # What a checkpoint determines: another value would feed the network images that it does not know.
 FIXED = ("arch", "stem", "width", "mean", "std")
+TRAINING = ["--epochs", "--base-lr", "--batch-size", "--official", "--crop-min", "--save"]
 IGNORED = {  # flags that a task does not look at
-    "knn": ["--epochs", "--base-lr", "--batch-size", "--official", "--crop-min"],
+    "knn": TRAINING,
     "linear": ["--k", "--temperature"],
     "finetune": ["--k", "--temperature", "--official"],
+    "neighbors": TRAINING + ["--k", "--temperature", "--json"],
+    "predict": TRAINING + ["--k", "--temperature", "--json", "--data", "--labels-per-class", "--features"],
 }
 
 
@@ -273,9 +407,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     many = in_range(int, 1, 10**6)
     rate = in_range(float, 0, 10**4)
-    flag("checkpoint", metavar="CHECKPOINT", help="a file, or 'random' (untrained), or 'pixels' (no network)")
+    words = "'random' (untrained) or 'pixels' (no network)"
+    flag("checkpoint", metavar="CHECKPOINT", help=f"a run's folder, a file, or one of the words {words}")
     flag("task", nargs="?", choices=[*IGNORED], help="default: knn, then linear")
+    flag("pictures", nargs="*", metavar="PICTURE", help="of predict and neighbors: files or folders")
+    flag("--untrained", action="store_true", help="the checkpoint's network as it was drawn, to compare")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
+    flag("--recipe", choices=[*RECIPES], help="network and sizes where no checkpoint says them")
     flag("--labels-per-class", type=many, metavar="N", help="use so many of the labels only")
     flag("--k", type=many, default=200, help="neighbours (default: 200)")
     flag("--temperature", type=in_range(float, 0.001, 100), default=0.2, help="of their votes (default: 0.2)")
@@ -292,7 +430,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--image-size", type=in_range(int, 8, 4096))
     flag("--mean", type=in_range(float, 0, 1), nargs=3)
     flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
-    flag("--features", metavar="FILE", help="write features and labels of both splits")
+    flag("--save", metavar="FILE", help="linear and finetune: write the classifier, for predict")
+    flag("--features", metavar="FILE", help="write features, labels and file names of all images")
+    flag("--json", metavar="FILE", help="append a line of JSON for each task")
     return parser
 
 
@@ -303,6 +443,10 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     args = parser.parse_intermixed_args(words)
     content: dict[str, Any] = {}
     if args.checkpoint not in ("random", "pixels"):
+        if os.path.isdir(args.checkpoint):  # a run's
+            words = list(words)
+            words[words.index(args.checkpoint)] += "/checkpoint.pt"
+            args = parser.parse_intermixed_args(words)
         content = read_checkpoint(Path(args.checkpoint))
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
     if not isinstance(saved, dict):
@@ -312,12 +456,14 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
         fail(f"which images? {args.checkpoint} does not say: add --data")
 
     kept = [*FIXED, "data_dir", "image_size", "crop_min"]  # the run's own seed and the like are not ours
-    parser.set_defaults(**{name: value for name, value in recipe_of(data).items() if name in kept})
+    usual = recipe_of(data, args.recipe).items()
+    parser.set_defaults(**{name: value for name, value in usual if name in kept})
     official = ["--crop-min=0.08"] if args.official else []  # torchvision's default, which the authors use
     parser.error = lambda message: fail(f"{args.checkpoint} is damaged ({message}): take another one")
     trained = to_flags(saved, kept)
     args = parser.parse_intermixed_args([*trained, *official, *words])
     args.data = data
+    args.untrained |= args.checkpoint == "random"
     check_args(args, saved, {word.split("=")[0] for word in words})
     return args, content
 
@@ -337,19 +483,42 @@ def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str])
             fail(f"{flag} changes nothing in {args.task}: leave it out")
     if "--crop-min" in given and args.task != "finetune" and not args.official:
         fail("--crop-min changes nothing without crops: add --official, or leave it out")
-    if args.features:
-        path = Path(args.features).absolute()
-        if os.path.lexists(path) or not path.parent.is_dir():
-            fail(f"--features {args.features} exists already, or its folder does not: name a new file")
+    if bool(args.pictures) != (args.task in ("predict", "neighbors")):
+        fail("PICTURE is for predict and neighbors, which need one or more")
+    if args.task == "predict" and args.untrained:
+        fail("predict needs a classifier that was saved: name its file")
+    if args.save and args.task not in ("linear", "finetune"):
+        fail("--save is for linear or finetune: name one of them")
+    outputs = [path for path in (args.save, args.features) if path]
+    for path in outputs:
+        parent = Path(path).absolute().parent
+        if os.path.lexists(path) or Path(path).name in OURS or len(set(outputs)) < len(outputs):
+            fail(f"{path} exists already, or is the name of another file of ours: name a new file")
+        if not os.access(parent, os.W_OK):
+            fail(f"{parent} is no folder, or can't be written to: name a file in another one")
+    if args.json:
+        try:
+            with open(args.json, "a+b") as file:
+                file.seek(0)
+                if file.read(1) not in (b"", b"{"):
+                    fail(f"--json {args.json} is no file of JSON lines: name another one")
+        except OSError as error:
+            fail(f"--json {args.json} can't be written ({error.strerror}): name another file")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fail("eval.py runs in one process: start it without torchrun")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The whole command, for a shell, a notebook or a test."""
-    with one_line_errors():
-        evaluate(*get_args(argv))
+    try:
+        with one_line_errors():
+            args, content = get_args(argv)
+            (predict if args.task == "predict" else evaluate)(args, content)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C; no file was left half written", status=130)
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

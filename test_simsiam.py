@@ -21,6 +21,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,11 +187,22 @@ def write_image(path, pixels):
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
 
 
-def write_folder(root, per_class=6, classes=("cat", "dog"), parts=("train", "val")):
+def write_folder(root, per_class=6, classes=("cat", "dog"), parts=("train", "val"), mixed=True):
+    """Images of mixed sizes, which are decoded when asked for, or of one, which are kept in memory."""
     for part, name, i in itertools.product(parts, classes, range(per_class)):
-        pixels = torch.randint(256, (3, 40, 36), dtype=torch.uint8)
+        pixels = torch.randint(256, (3, 40, 36 + (i if mixed else 0)), dtype=torch.uint8)
         write_image(root / part / name / f"{i}.{'png' if i % 2 else 'jpg'}", pixels)
     return root
+
+
+def tiles_of(path, rows, columns):
+    """(rows, columns, 3, 32, 32) uint8: the images of a picture, each pixel of which is shown 3 x 3 times."""
+    picture = v2.functional.pil_to_tensor(Image.open(path))
+    assert picture.shape == (3, rows * 124 + 8, columns * 108 + 8)
+    tiles = [[picture[:, 24 + 124 * i :, 8 + 108 * j :][:, :96, :96] for j in range(columns)] for i in range(rows)]
+    tiles = torch.stack([torch.stack(row) for row in tiles]).unflatten(3, (32, 3)).unflatten(5, (32, 3))
+    assert (tiles == tiles[..., :1, :, :1]).all()
+    return tiles[..., 0, :, 0]
 
 
 def assert_uniform(values, low, high):
@@ -746,6 +758,41 @@ def test_the_seed_is_that_of_the_weights_the_order_and_the_views(small_textures)
     assert a.sums.tolist() != b.sums.tolist()
 
 
+def test_a_recipe_can_be_taken_for_other_data(tmp_path, capsys):
+    root = write_folder(tmp_path / "photos")
+    assert [args_of(root, "--recipe", name).arch for name in ("cifar10", "imagenet", "small")] == [
+        "resnet18", "resnet50", "convnet"
+    ]  # fmt: skip
+    args = args_of(root, "--recipe", "small", "--epochs", 3)  # a flag counts more
+    assert (args.epochs, args.base_lr) == (3, train.RECIPES["small"]["base_lr"])
+    train.main([str(root), *FOLDER, "--recipe", "cifar10", "--out", "run"])
+    saved = torch.load("run/checkpoint.pt", weights_only=True)["args"]
+    assert (saved["recipe"], saved["weight_decay"], saved["layers"]) == ("cifar10", 5e-4, 2)
+    assert len(saved["mean"]) == 3  # measured
+    assert args_of("--resume", "--out", "run").weight_decay == 5e-4
+    assert "--recipe small" in fails(["small"], capsys)
+    assert evaluation.get_args(["random", "--data", str(root), "--recipe", "cifar10"])[0].stem == "cifar"
+
+
+@pytest.mark.parametrize("flag, meant", [
+    ("--lr", "--base-lr"), ("--batch", "--batch-size"), ("--epoch", "--epochs"), ("--wd", None)
+])  # fmt: skip
+def test_a_near_miss_is_answered_with_the_right_name(flag, meant, capsys):
+    for main, words in ((train.main, []), (evaluation.main, ["random"])):
+        line = fails([*words, flag, "1"], capsys, main)
+        assert (f"do you mean {meant}?" in line) if meant else ("do you mean" not in line)
+    if not torch.cuda.is_available():
+        assert "no cuda device was found: choose cpu" in fails(["--device", "cuda"], capsys)
+
+
+def test_mean_and_std_of_files_are_those_of_their_centres(tmp_path, from_files):
+    images, test = load_folder(write_folder(tmp_path / "photos"), "--recipe", "small")
+    pixels = images[None, torch.arange(len(images))][0].double().div(255).transpose(0, 1).flatten(1)
+    for part in (images, test):
+        assert part.mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
+        assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------
 # Data
 
@@ -867,8 +914,66 @@ def test_holdout_keeps_the_same_tenth_of_the_training_set_apart_whatever_the_see
     assert torch.equal(test.source, other.source)
 
 
+def arrays_of(n=40, side=28, **more):
+    """As in a file of MedMNIST: gray, and labels in a column."""
+    made = {}
+    for name, count in (("train", n), ("val", 12), ("test", 20)):
+        made[f"{name}_images"] = torch.randint(256, (count, side, side), dtype=torch.uint8).numpy()
+        made[f"{name}_labels"] = (torch.arange(count) % 3).unsqueeze(1).numpy()
+    return made | more
+
+
+def test_a_npz_file_in_the_form_of_medmnist_is_a_data_set(capsys):
+    made = arrays_of()
+    np.savez("med.npz", **made)
+    for flags, name in (([], "test"), (["--holdout"], "val")):  # the test images choose nothing
+        images, test = train.load_data(args_of("med.npz", *flags))
+        for part, key in ((images, "train"), (test, name)):
+            assert all(torch.equal(part.source[:, c], torch.tensor(made[f"{key}_images"])) for c in range(3))
+            assert torch.equal(part.labels, torch.tensor(made[f"{key}_labels"])[:, 0])
+    assert args_of("med.npz").arch == "convnet" and args_of("med.npz").image_size == 32  # the recipe `small`
+    train.main(["med.npz", *FOLDER, "--knn-every", "1"])
+    evaluation.main(["runs/med.npz", "knn", "--k", "3"])
+    assert "knn (k=3, T=0.2)" in capsys.readouterr().out
+    rgb = torch.randint(256, (9, 8, 8, 3), dtype=torch.uint8)
+    np.savez("rgb.npz", train_images=rgb.numpy())
+    images, test = train.load_data(args_of("rgb.npz"))
+    assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
+    np.savez("many.npz", **arrays_of(train_labels=np.zeros((40, 14))))
+    assert train.load_data(args_of("many.npz"))[0].labels is None
+    assert "train_labels has 14 an image: not used" in capsys.readouterr().err
+    for wrong, word in (
+        (dict(train_labels=np.zeros(39)), "39 for 40"), (dict(train_images=np.zeros((40, 8, 8))), "float64"),
+        (dict(train_images=np.zeros((4, 8, 8, 8), np.uint8)), "(4, 8, 8, 8)"),
+    ):  # fmt: skip
+        np.savez("wrong.npz", **arrays_of(**wrong))
+        assert word in fails(["wrong.npz"], capsys)
+    np.savez("none.npz", other=np.zeros(1))
+    assert "train_images" in fails(["none.npz"], capsys)
+    Path("none.npz").write_bytes(b"no archive")
+    assert "can't be read as .npz" in fails(["none.npz"], capsys)
+    np.savez("pickled.npz", train_images=np.array([print], dtype=object))
+    assert "can't be read as .npz" in fails(["pickled.npz"], capsys)
+
+
+def test_a_program_can_bring_its_own_tensors(capsys):
+    mine = dict(train_images=torch.randint(256, (40, 3, 20, 20), dtype=torch.uint8))
+    train.main([*FOLDER, "--epochs", "2", "--out", "whole"], mine)
+    train.main([*FOLDER, "--epochs", "2", "--recipe", "small", "--out", "half"], mine)
+    assert same(weights("whole/checkpoint.pt"), weights("half/checkpoint.pt"))
+    train.main(["--resume", "--out", "whole"], mine)
+    assert "already finished" in capsys.readouterr().out
+    assert train.main.__doc__.count("arrays") and "called 'arrays'" in fails(["--resume", "--out", "whole"], capsys)
+
+
 # ------------------------------------------------------------------------------------------------
 # Folders
+
+
+@pytest.fixture
+def from_files(monkeypatch):
+    """As of pictures of many sizes: they are decoded when asked for, and cropped by the loader."""
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
 
 
 def load_folder(root, *flags):
@@ -879,7 +984,7 @@ def test_a_folder_with_classes_trains_and_one_without_is_not_asked_for_kNN(tmp_p
     train.main([str(write_folder(tmp_path / "photos")), "--knn-every", "1", *FOLDER])
     assert rows("runs/photos")[0]["knn"] is not None
     train.main([str(write_folder(tmp_path / "plain", parts=["."])), *FOLDER])
-    assert "no labels, so no kNN" in capsys.readouterr().out
+    assert "no labelled test images, so no kNN" in capsys.readouterr().out
     assert rows("runs/plain")[0]["knn"] is None
 
 
@@ -897,14 +1002,113 @@ def test_the_folder_above_an_image_is_its_class_in_train_and_val_alike(tmp_path,
     assert "ant, dog" in capsys.readouterr().err
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path):
+def fill(root, *places):
+    for i, place in enumerate(places):
+        write_image(root / place / "1.png", [10 * i, 0, 0])
+        write_image(root / place / "2.png", [10 * i + 1, 0, 0])
+    return root
+
+
+def reds(images):
+    return sorted(images[None, torch.arange(len(images))][0][:, 0, 0, 0].tolist())
+
+
+@pytest.mark.parametrize("partner", ["val", "valid", "validation", "test"])
+def test_the_images_beside_train_are_tested_on_and_never_trained_on(partner, tmp_path, capsys):
+    root = fill(tmp_path / "photos", "train/cat", "train/dog", f"{partner}/cat", f"{partner}/dog", "notes")
+    images, test = load_folder(root)
+    assert reds(images) == [0, 1, 10, 11] and reds(test) == [20, 21, 30, 31] and images.classes == ["cat", "dog"]
+    assert f"trains on train/, tests on {partner}/" in capsys.readouterr().out
+    fill(tmp_path / "photos", "val/cat")  # the test images of a data set with both stay for the end
+    assert len(load_folder(root)[1]) == (4 if partner == "val" else 2)
+
+
+def test_classes_without_a_split_are_labels_for_holdout(tmp_path, capsys):
+    for root, prefix in ((tmp_path / "whole", ""), (tmp_path / "part", "train/")):
+        write_folder(root / prefix, per_class=20, parts=["."])
+        images, test = load_folder(root)
+        assert test is None and images.labels.tolist() == [0] * 20 + [1] * 20
+        images, test = load_folder(root, "--holdout")
+        assert len(images) == 36 and len(test) == 4 == len(test.labels) == len(test.files)
+        for part in (images, test):
+            assert [Path(file).parent.name for file in part.files] == [part.classes[i] for i in part.labels]
+        assert ("has no val/, valid/, validation/, test/" in capsys.readouterr().out) == bool(prefix)
+    root = fill(tmp_path / "loose", "train", "val")  # an unlabelled train/
+    assert reds(load_folder(root)[0]) == [0, 1] and load_folder(root)[1] is None
+    root = fill(tmp_path / "mixed", ".", "album")
+    assert load_folder(root)[0].labels is None
+    root = fill(tmp_path / "half", "train/cat", "val")
+    assert "val/1.png is in no class folder" in fails([root, *FOLDER], capsys)
+
+
+def test_pictures_of_one_size_are_decoded_once_and_train_as_an_array_does(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "photos", mixed=False)
+    images, test = load_folder(root)
+    assert images.in_memory and test.in_memory
+    for part in (images, test):
+        assert torch.equal(part.source, torch.stack([train.decode(file) for file in part.files]))
+    monkeypatch.setattr(train, "decode", None)  # no more
+    arrays = dict(train_images=images.source, train_labels=images.labels)
+    train.main([*FOLDER, *"--recipe imagenet --out array".split()], arrays)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    train.main([str(root), *FOLDER, "--out", "folder"])
+    assert same(weights("array/checkpoint.pt"), weights("folder/checkpoint.pt"))
+    (root / "train/cat/broken.png").write_bytes(b"no image")
+    assert torch.equal(load_folder(root)[0].source, images.source)
+    write_image(root / "train/dog/other.png", torch.zeros(3, 40, 37, dtype=torch.uint8))
+    images, test = load_folder(root)
+    assert not images.in_memory and images.source == images.files and len(images) == 13 and test.in_memory
+    monkeypatch.setattr(train, "IN_MEMORY", 12 * 3 * 40 * 36 - 1)  # a byte too few
+    assert not load_folder(root)[1].in_memory
+
+
+def test_the_ranks_share_the_decoding(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "photos", mixed=False, parts=["."])
+    whole, files = train.find_images(root)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "rank_and_world", lambda rank=rank: (rank, 2))
+        read = [train.try_reading(file, 10**6) for file in files[rank::2]]
+        parts.append(train.join_images(read, torch.ones(12, dtype=torch.bool)))
+        assert torch.equal(parts[-1][rank::2], whole[rank::2])
+    assert torch.equal(parts[0] + parts[1], whole)
+
+
+def test_what_is_transparent_shows_white_without_a_warning(tmp_path, recwarn):
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((200, 0, 0, 255), (4, 0, 8, 8))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    for mode in ("RGBA", "LA", "P"):
+        drawing.convert(mode).save(f"{mode}.png")
+        left, right = train.decode(f"{mode}.png")[:, 4, [1, 6]].unbind(1)
+        assert left.tolist() == [255] * 3 and right.float().mean() < 100
+    half.save("half.png")
+    assert train.decode("half.png").unique().tolist() == [127]
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([9, 9, 9, 200, 0, 0])
+    palette.paste(1, (4, 0, 8, 8))
+    palette.save("bytes.png", transparency=b"\x00\xff")  # one alpha an entry
+    assert train.decode("bytes.png")[:, 4, [1, 6]].T.tolist() == [[255] * 3, [200, 0, 0]]
+    assert not recwarn.list
+
+
+def test_other_files_are_counted_once_by_their_endings(tmp_path, capsys):
+    root = write_folder(tmp_path / "photos", parts=["."])
+    for name in ("a.gif", "b.gif", "c.avif", "README", ".hidden.gif"):
+        (root / "cat" / name).write_bytes(b"")
+    load_folder(root)
+    assert "photos: 4 files ignored: .gif README .avif" in capsys.readouterr().out
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, from_files):
     write_folder(tmp_path / "photos")
     for workers in "02":
         train.main([str(tmp_path / "photos"), *FOLDER, "--workers", workers, "--out", workers])
     assert same(weights("0/checkpoint.pt"), weights("2/checkpoint.pt"))
 
 
-def test_evaluated_images_are_the_centre_as_on_imagenet(tmp_path):
+def test_evaluated_images_are_the_centre_as_on_imagenet(tmp_path, from_files):
     """The bank, the test set and the picture alike: the square, 256 / 224 of the side, the centre."""
     write_folder(tmp_path / "photos")
     write_image(tmp_path / "photos/val/cat/thin.png", torch.randint(256, (3, 2, 900), dtype=torch.uint8))
@@ -914,7 +1118,8 @@ def test_evaluated_images_are_the_centre_as_on_imagenet(tmp_path):
             with Image.open(path) as file:
                 x = v2.functional.pil_to_tensor(file.convert("RGB"))
             square = v2.functional.center_crop(x, [min(x.shape[1:])] * 2)
-            expected = v2.functional.center_crop(v2.functional.resize(square, [32, 32], antialias=True), [28])
+            side = 32 if min(x.shape[1:]) > 28 else 28  # what is smaller has no border to lose
+            expected = v2.functional.center_crop(v2.functional.resize(square, [side, side], antialias=True), [28])
             assert torch.equal(part[None, torch.tensor([i])][0][0], expected)
 
 
@@ -943,7 +1148,7 @@ def test_both_views_show_their_own_image(tmp_path):
             assert coloured.any() and ((turn + 0.5) % 1 - 0.5)[coloured].abs().max() < 0.15
 
 
-def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones(tmp_path):
+def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones(tmp_path, from_files):
     ramp = torch.linspace(0, 255, 64).repeat(64, 1)
     write_image(tmp_path / "photos" / "a.png", torch.stack([ramp, ramp.T, 0 * ramp]).byte())
     photos, i = load_folder(tmp_path / "photos", "--crop-min", 0.3)[0], torch.zeros(200, dtype=torch.long)
@@ -979,7 +1184,7 @@ def test_every_mode_of_image_becomes_upright_rgb(tmp_path):
     assert train.decode("exif.jpg").shape == (3, 6, 4)
 
 
-def test_broken_files_are_named_and_left_out_and_no_other_decoder_sees_one(tmp_path, capsys):
+def test_broken_files_are_named_and_left_out_and_no_other_decoder_sees_one(tmp_path, capsys, from_files):
     root = write_folder(tmp_path / "photos", per_class=8)
     whole = (root / "train/cat/0.jpg").read_bytes()
     for name, content in (
@@ -1002,15 +1207,15 @@ def test_broken_files_are_named_and_left_out_and_no_other_decoder_sees_one(tmp_p
     assert "no readable image below" in fails([root, *FOLDER], capsys)
 
 
-def test_a_folder_is_searched_through_links_but_not_in_a_runs_own_pictures(tmp_path):
+def test_a_folder_is_searched_through_links_but_not_in_a_runs_own_pictures(tmp_path, from_files):
     write_folder(tmp_path / "elsewhere", parts=["."])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
     train.main(["photos", *FOLDER, "--out", "photos/run"])  # writes views.png below the data
-    write_image(tmp_path / "photos" / "train" / "loose.png", [9, 9, 9])
-    (tmp_path / "photos/train/loose.png").rename(tmp_path / "photos/train/CAPITALS.PNG")
-    images, test = load_folder("photos")  # train/ alone is a folder like any other
+    write_image(tmp_path / "photos" / "loose.png", [9, 9, 9])
+    (tmp_path / "photos/loose.png").rename(tmp_path / "photos/CAPITALS.PNG")
+    images, test = load_folder("photos")
     assert len(images) == 13 and test is None and images.labels is None
     assert args_of("photos", *FOLDER).data == os.path.realpath("photos")  # to be found again from elsewhere
     write_image(tmp_path / "photos/run/deeper/view.png", [9, 9, 9])
@@ -1082,8 +1287,9 @@ def test_loss_and_spread_of_an_epoch_are_the_means_over_its_steps_and_spread_is_
     class Recorded(SimSiam):
         def forward(self, x1, x2):
             p1, p2, z1, z2 = super().forward(x1, x2)
-            losses.append(equation_4(p1, p2, z1, z2).item())
-            spreads.append(F.normalize(z1).std(dim=0, correction=0).mean().item() * 4)  # d = 16
+            if self.training:
+                losses.append(equation_4(p1, p2, z1, z2).item())
+                spreads.append(F.normalize(z1).std(dim=0, correction=0).mean().item() * 4)  # d = 16
             return p1, p2, z1, z2
 
     monkeypatch.setattr(train, "SimSiam", Recorded)
@@ -1174,6 +1380,74 @@ def test_eta_is_the_moving_average_of_an_images_projections(small_textures):
     assert sorted(t.targets.eta.norm(dim=1).nonzero()[:, 0].tolist()) == sorted(indices.tolist())
 
 
+def test_a_step_that_does_not_fit_into_memory_is_not_begun(small_textures, capsys, monkeypatch):
+    """What the backward pass needs, counted by hand: the outputs of all convolutions, Linears and BNs."""
+    outputs = []
+    for flags in ("--batch-size 100", "--batch-size 400", "--batch-size 100 --image-size 64"):
+        t = trainer(*flags.split())
+        outputs.append(0)
+        for module in t.model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
+                module.register_forward_hook(lambda m, x, y: outputs.append(outputs.pop() + 4 * y.numel()))
+        t.model(*torch.randn(2, t.args.batch_size, 3, t.args.image_size, t.args.image_size))
+        expected = outputs[-1]
+        assert 1 < train.memory_of_a_step(t) / expected < 1.6, flags  # and x, and gradients on their way
+    monkeypatch.setattr(train, "free_memory", lambda device: expected / 4)
+    line = fails([*SMALL, "--image-size", 64, "--out", "run"], capsys)
+    batch = re.search("--batch-size ([0-9]+)", line)[1]
+    assert "--recipe small" in line and not Path("run").exists()
+    train.check_memory(trainer("--image-size", 64, "--batch-size", batch))
+    with pytest.raises(SystemExit):
+        train.check_memory(trainer("--image-size", 64, "--batch-size", 2 * int(batch)))
+
+
+def test_a_long_epoch_is_heard_of_in_a_log(capsys, monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    progress = train.Progress()
+    for step in range(1, 1001):  # each takes a second, but the first twenty
+        now[0] += 1 if step > 1 else 20
+        progress("epoch 1: step", step, 1000)
+        if line := capsys.readouterr().out:
+            said.append((step, line))
+    assert [step for step, _ in said] == [2, 182, 362, 542, 722, 902]
+    assert said[0][1] == "epoch 1: step 2 of 1000, in all 0:16:40 \n"
+    assert len(said[1][1].splitlines()) == 1
+
+
+def test_copies_of_the_checkpoint_stay(small_textures, capsys):
+    train.main([*SMALL, *"--epochs 5 --keep-every 2 --out run".split()])
+    assert [path.name for path in sorted(Path("run").glob("*.pt"))] == [
+        "checkpoint-0002.pt", "checkpoint-0004.pt", "checkpoint.pt"
+    ]  # fmt: skip
+    assert torch.load("run/checkpoint-0002.pt", weights_only=True)["step"] == 10
+    evaluation.main(["run/checkpoint-0002.pt", "knn"])
+    assert "knn (k=200" in capsys.readouterr().out
+
+
+def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, capsys):
+    flags = "--epochs 4 --keep-best --knn-every 1 --out run".split()
+    assert "--holdout" in fails([*SMALL, *flags], capsys)
+    train.main([*SMALL, *flags, "--holdout"])
+    knn = [row["knn"] for row in rows("run")]
+    best = torch.load("run/checkpoint-best.pt", weights_only=True)
+    assert len(best["history"]) == knn.index(max(knn)) + 1
+    history = [dict(knn=x) for x in (0.2, None, 0.4, 0.4, None, 0.3, 0.5)]
+    assert [train.is_best(history[:n]) for n in range(1, 8)] == [True, False, True, False, False, False, True]
+
+
+def test_a_run_can_begin_with_the_weights_of_another(pretrained, capsys):
+    train.main([*SMALL, "--base-lr", "0", "--init", pretrained, "--seed", "3", "--out", "next"])
+    names = dict(SimSiam(*build_backbone("convnet", width=2), 16, 16, 2).named_parameters())
+    one, two = weights(pretrained), weights("next/checkpoint.pt")
+    assert all(torch.equal(one[name], two[name]) for name in names)  # at lr 0 nothing but BN's buffers moves
+    assert rows("next")[0]["epoch"] == 1
+    Path(pretrained).unlink()
+    train.main(["--resume", "--out", "next"])  # needs it no more
+    assert "does not fit" in fails([*SMALL, "--dim", 32, "--init", "next/checkpoint.pt"], capsys)
+    assert "is not there" in fails([*SMALL, "--init", "nowhere.pt"], capsys)
+
+
 # ------------------------------------------------------------------------------------------------
 # Advice, and other reports
 
@@ -1230,7 +1504,8 @@ def test_training_reports_what_it_measures(small_textures, capsys):
     assert one["knn"] is None and 0 <= two["knn"] <= 1 and 0 <= three["knn"] <= 1  # every two, and the last
     out = capsys.readouterr().out
     assert "torch.float32" in out.splitlines()[0]
-    assert len(out.splitlines()) == 6 and "\r" not in out and "\033" not in out  # in a pipe, plain lines
+    assert len(out.splitlines()) == 7 and out.endswith("next: python eval.py runs/textures\n")
+    assert "\r" not in out and "\033" not in out  # in a pipe, plain lines
     lr = [0.4 * 100 / 256 * (1 + math.cos(math.pi * step / 15)) / 2 for step in (4, 9, 14)]  # the encoder's
     assert [row["lr"] for row in (one, two, three)] == pytest.approx(lr)
     checkpoint = torch.load("runs/textures/checkpoint.pt", weights_only=True)
@@ -1251,7 +1526,7 @@ def test_speed_and_time_left_are_those_of_the_clock(small_textures, capsys, monk
     train.main([*SMALL, "--epochs", "4", "--out", "run"])
     assert [row["images_per_second"] for row in rows("run")] == pytest.approx([100, 50, 50, 50])
     assert [row["seconds"] for row in rows("run")] == pytest.approx([5, 15, 25, 35])
-    assert re.findall(r"(\d+) s left", capsys.readouterr().out) == ["15", "15", "8", "0"]
+    assert re.findall(r"0:00:(\d+) left", capsys.readouterr().out) == ["15", "15", "08", "00"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # stopped in the middle of an epoch
         stop_at_7 = lambda self, *args: timed(self, *args) or self.step == 7 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
         patch.setattr(train.Trainer, "update", stop_at_7)
@@ -1279,15 +1554,13 @@ def test_the_picture_shows_eight_images_and_their_views_as_the_network_sees_them
     two, views, asked = train.two_views, [], []
     monkeypatch.setattr(train, "two_views", lambda *args: asked.append(args[1:]) or views.append(two(*args)) or views[-1])
     train.main([*SMALL, "--epochs", "1", "--out", "run", "--blur", "1"])
-    picture = v2.functional.pil_to_tensor(Image.open("run/views.png")) / 255
+    tiles = tiles_of("run/views.png", 3, 8) / 255
     assert asked[0] == (32, 0.2, 1.0)
     t = trainer()
     indices = next(train.schedule(500, 100, 0, range(1)))[1]
-    assert picture.shape == (3, 3 * 34 + 2, 8 * 34 + 2)
     for column in range(8):
         for row, x in enumerate((t.images.source[indices[column]] / 255, views[0][0][column], views[0][1][column])):
-            shown = picture[:, 2 + 34 * row :, 2 + 34 * column :][:, :32, :32]
-            torch.testing.assert_close(shown, x, atol=0.003, rtol=0)
+            torch.testing.assert_close(tiles[row, column], x, atol=0.004, rtol=0)
 
 
 def test_checkpoints_come_as_often_as_asked_for_and_at_the_end(small_textures, monkeypatch):
@@ -1317,8 +1590,9 @@ def test_features_are_those_of_every_image_by_the_network_as_it_is(small_texture
         torch.testing.assert_close(features, by_hand(t.model.backbone, part), rtol=1e-4, atol=1e-5)
     assert train.extract_features(t.model.backbone, part, CPU, torch.bfloat16).dtype == torch.float32
     small = train.Images(torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8), None, 12, mean=[0.0] * 3, std=[1.0] * 3)
-    expected = v2.functional.resize(small.source / 255, [12, 12], antialias=True).flatten(1)  # the views' size
-    torch.testing.assert_close(train.extract_features(nn.Flatten(), small, CPU), expected, atol=1e-5, rtol=0)
+    # the views' size: 12 * 256 / 224 is 14, and the middle of it 12
+    expected = v2.functional.center_crop(v2.functional.resize(small.source, [14, 14], antialias=True), [12, 12]) / 255
+    torch.testing.assert_close(train.extract_features(nn.Flatten(), small, CPU), expected.flatten(1), atol=1e-5, rtol=0)
 
 
 def test_kNN_and_rank_are_those_of_all_test_images_against_the_training_set(small_textures):
@@ -1578,13 +1852,16 @@ def data_of(path):
 def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys):
     out = evaluate(capsys, pretrained, "--epochs", "5")
     assert "knn (k=200, T=0.2): top-1" in out and "linear (features computed once, standardized" in out
-    picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
+    tiles = tiles_of("run/neighbors.png", 10, 10)
     images, test = data_of(pretrained)
     bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
-    for row, i in enumerate(torch.linspace(0, 199, 10).long()):  # a test image on the left, then its nearest
-        nearest = F.cosine_similarity(queries[i][None], bank).topk(9).indices
-        for column, x in enumerate([test.source[i], *images.source[nearest]]):
-            assert torch.equal(picture[:, 2 + row * 34 :, 2 + column * 34 :][:, :32, :32], x)
+    picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
+    for row, i in enumerate(torch.linspace(0, 199, 10).long()):  # a test image on the left, a gap, its nearest
+        nearest = F.cosine_similarity(queries[i][None], bank).topk(8).indices
+        assert torch.equal(tiles[row, 0], test.source[i]) and (tiles[row, 1] == 255).all()
+        assert torch.equal(tiles[row, 2:], images.source[nearest])
+        frames = picture[:, 22 + 124 * row, 56 + 108 * torch.arange(2, 10)]  # green over the right class, else red
+        assert torch.equal(frames[1] > frames[0], images.labels[nearest] == test.labels[i])
 
 
 def test_kNN_counts_every_test_image_by_the_networks_own_features_or_its_pixels(pretrained, capsys):
@@ -1612,7 +1889,7 @@ def test_size_mean_and_std_are_the_checkpoints_and_crops_and_lr_the_flags(small_
         evaluation.main(["run/checkpoint.pt", *task.split(), "--epochs", "1"])
     assert asked == [0.5, 0.5] and fitted[-1][1] == 0  # what is given counts, 0 too
     standardized, raw = fitted[0][0], fitted[1][0]
-    assert kinds(standardized) == [BN, LINEAR] and kinds([raw]) == [LINEAR]  # --official: as the authors' code
+    assert kinds(standardized) == [BN, LINEAR] and kinds(raw) == ["Identity", LINEAR]  # --official: as the authors' code
     bank = 1e-4 * torch.randn(1000, 4)  # an untrained network's features are small
     assert evaluation.new_classifier(bank, 3, 0)[0](bank).std(dim=0).tolist() == pytest.approx([1] * 4, rel=0.01)
     flags = ["--holdout", "--seed", "5", "--data-dir", "elsewhere"]
@@ -1693,28 +1970,29 @@ def test_a_probe_changes_no_tensor_of_the_backbone_and_says_so_if_it_would(pretr
 
 
 def test_fine_tuning_changes_all_weights_and_BN_statistics_only_from_scratch(pretrained, monkeypatch, capsys):
-    nets, extract, asked = spied_backbones(monkeypatch), train.extract_features, []
+    nets, tune, asked = spied_backbones(monkeypatch), evaluation.finetune, []
 
-    def extract_features(model, images, *args, **kwargs):
-        out = extract(model, images, *args, **kwargs)
-        if isinstance(model, nn.Sequential) and not isinstance(model[0], nn.Conv2d):  # backbone, head
-            asked.append((out, images, model))
-        return out
+    def finetune(*args):
+        head, how = tune(*args)
+        test = data_of(pretrained)[1]
+        with torch.no_grad():
+            asked.append((head.eval()(by_hand(args[0].eval(), test)), test, args[0]))
+        return head, how
 
-    monkeypatch.setattr(evaluation, "extract_features", extract_features)
+    monkeypatch.setattr(evaluation, "finetune", finetune)
     flags = ["finetune", "--data", "textures", "--labels-per-class", 2, "--epochs", 20, "--width", 2]
     for name, keeps in ((pretrained, True), ("random", False)):
         out = evaluate(capsys, name, *flags)
-        assert "20 labelled images" in out and "finetune (all weights" in out
+        assert "20 training images" in out and "finetune (all weights" in out
         torch.manual_seed(0)  # of "random"
         before = (backbone_of(pretrained) if keeps else build_backbone("convnet", width=2)[0]).state_dict()
         after = nets[-1].state_dict()
         for key in before:
             statistic = "running" in key or "num_batches" in key
             assert torch.equal(before[key], after[key]) == (statistic and keeps), key
-        logits, test, model = asked.pop()  # the result is that of the tuned network
+        logits, test, backbone = asked.pop()  # the result is that of the tuned network
         right = (logits.argmax(dim=1) == test.labels).sum().item()  # labels 0 to 9 are their own positions
-        assert model[0] is nets[-1] and correct(out, "finetune") == (right, 200) and not asked
+        assert backbone is nets[-1] and correct(out, "finetune") == (right, 200) and not asked
 
 
 @pytest.mark.parametrize("task, peak, batch, epochs", [
@@ -1783,7 +2061,7 @@ def test_a_protocol_is_sgd_on_its_own_gradients_clipped_in_fine_tuning_and_drawn
     monkeypatch.setattr(torch.optim, "SGD", Spy)
     monkeypatch.setattr(F, "cross_entropy", lambda logits, target: 1000 * cross(logits, target))
     monkeypatch.setattr(evaluation, "schedule", lambda n, batch, seed, steps: seeds.append(seed) or schedule(n, batch, seed, steps))
-    monkeypatch.setattr(evaluation, "few_labels", lambda labels, n, seed: seeds.append(seed) or few(labels, n, seed))
+    monkeypatch.setattr(evaluation, "few_labels", lambda part, n, seed: seeds.append(seed) or few(part, n, seed))
     flags = ["--data", "textures", "--width", 2, "--epochs", 3, "--batch-size", 500, "--seed", 7]
     evaluate(capsys, "random", "linear", *flags, "--labels-per-class", 50)
     for gradient in runs[0]:
@@ -1797,12 +2075,13 @@ def test_a_protocol_is_sgd_on_its_own_gradients_clipped_in_fine_tuning_and_drawn
 
 def test_few_labels_are_that_many_of_each_class_and_other_ones_with_another_seed(capsys):
     labels = torch.arange(5).repeat(20)
-    chosen = evaluation.few_labels(labels, 3, seed=0)
+    part = train.Images(torch.zeros(100, 3, 8, 8, dtype=torch.uint8), labels, 8, classes="ant bee cat dog eel".split())
+    chosen = evaluation.few_labels(part, 3, seed=0)
     assert labels[chosen].bincount().tolist() == [3] * 5 and len(set(chosen.tolist())) == 15
-    assert chosen.tolist() != evaluation.few_labels(labels, 3, seed=1).tolist()
+    assert chosen.tolist() != evaluation.few_labels(part, 3, seed=1).tolist()
     with pytest.raises(SystemExit):
-        evaluation.few_labels(labels, 21, seed=0)
-    assert "class 0 has only 20 images" in capsys.readouterr().err
+        evaluation.few_labels(part, 21, seed=0)
+    assert "class ant has only 20 images" in capsys.readouterr().err
 
 
 def test_random_is_an_untrained_network_by_its_seed(small_textures):
@@ -1819,10 +2098,11 @@ def test_features_are_written_for_whatever_comes_next_and_over_no_file(pretraine
     for name, part in zip(("train", "test"), data_of(pretrained)):
         expected = by_hand(backbone_of(pretrained), part)
         torch.testing.assert_close(written[name]["features"], expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(written[name]["labels"], part.labels)
+        assert torch.equal(written[name]["labels"], part.labels) and written[name]["files"] == []
+    assert written["classes"] == train.PATTERNS
     assert "exists already" in fails([pretrained, "knn", "--features", "features.pt"], capsys, evaluation.main)
     with pytest.raises(SystemExit):  # it came up in the meantime
-        evaluation.save_features("features.pt", train=(torch.zeros(1, 1), torch.zeros(1)))
+        evaluation.write_new("features.pt", {})
     Path("run/metrics.jsonl").unlink()  # the folder of something else: its picture stays
     Path("run/neighbors.png").write_text("mine")
     evaluation.main([pretrained, "knn"])
@@ -1877,6 +2157,133 @@ def test_what_does_not_fit_is_refused_with_both_values(pretrained, capsys):
     assert "conv1" in line and "[64, 3, 3, 3]" in line and "[64, 3, 7, 7]" in line
 
 
+def test_a_runs_folder_is_its_checkpoint_and_its_network_untrained_the_baseline(pretrained, capsys):
+    runs = [evaluate(capsys, *words, "--epochs", 3) for words in (["run"], [pretrained], ["run", "--untrained"])]
+    assert correct(runs[0], "knn") == correct(runs[1], "knn") and correct(runs[0], "linear") == correct(runs[1], "linear")
+    mean_and_std = [str(x) for part in (data_of(pretrained)[0],) for x in ("--mean", *part.mean, "--std", *part.std)]
+    other = evaluate(capsys, "random", "--data", "textures", "--width", 2, "--epochs", 3, *mean_and_std)
+    assert correct(runs[2], "knn") == correct(other, "knn") and correct(runs[2], "linear") == correct(other, "linear")
+
+
+def test_every_class_has_its_accuracy_and_every_task_a_line_of_json(pretrained, capsys, monkeypatch):
+    spy, given = evaluation.report, []
+    monkeypatch.setattr(evaluation, "report", lambda *args: given.append(args[3]) or spy(*args))
+    for words in (["--epochs", "3"], ["knn", "--labels-per-class", "5"]):
+        evaluation.main(["run", *words, "--json", "results.jsonl"])
+    out = capsys.readouterr().out
+    assert "knn (k=200, " in out and "knn (k=50, " in out  # what was used
+    lines = [json.loads(line) for line in Path("results.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["labels_per_class"]) for line in lines] == [("knn", None), ("linear", None), ("knn", 5)]
+    labels = data_of(pretrained)[1].labels
+    for line, predicted in zip(lines, given):
+        assert line["top1"] == pytest.approx((predicted == labels).float().mean().item())
+        for label, name in enumerate(train.PATTERNS):
+            right = (predicted == labels)[labels == label].float().mean().item()
+            assert line["by_class"][name] == pytest.approx(right)
+            assert f"{name} {right:.1%}" in out
+    Path("notes.txt").write_text("mine")
+    assert "no file of JSON lines" in fails(["run", "--json", "notes.txt"], capsys, evaluation.main)
+    assert Path("notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("task", ["linear", "linear --official", "finetune"])
+def test_a_saved_classifier_names_pictures_as_it_did_the_test_images(task, pretrained, capsys):
+    out = evaluate(capsys, "run", *task.split(), "--epochs", 2, "--save", "classifier.pt")
+    _, test = data_of(pretrained)
+    files = [f"{i:03}.png" for i in range(200)]
+    for file, x in zip(files, test.source):
+        v2.functional.to_pil_image(x).save(file)
+    evaluation.main(["classifier.pt", "predict", *files])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in lines] == files and all(0 < float(line[2][:-1]) <= 100 for line in lines)
+    right = sum(train.PATTERNS[label] == line[1] for label, line in zip(test.labels, lines))
+    assert (right, 200) == correct(out, task.split()[0])
+    again = evaluate(capsys, "run", *task.split(), "--epochs", 2)  # and writing it changes nothing
+    assert correct(again, task.split()[0]) == correct(out, task.split()[0])
+
+
+def test_the_probability_of_a_class_is_the_softmax_of_the_head(pretrained, capsys):
+    evaluation.main(["run", "finetune", "--epochs", "1", "--labels-per-class", "3", "--save", "classifier.pt"])
+    saved = torch.load("classifier.pt", weights_only=True)
+    assert saved["classes"] == train.PATTERNS and saved["args"]["mean"] == data_of(pretrained)[0].mean
+    backbone, _ = build_backbone("convnet", width=2)
+    backbone.load_state_dict(saved["model"])
+    _, test = data_of(pretrained)
+    x = by_hand(backbone.eval(), test)[:3]
+    head = saved["head"]
+    x = (x - head["0.running_mean"]) / head["0.running_var"].add(1e-12).sqrt()
+    p, label = (x @ head["1.weight"].T + head["1.bias"]).softmax(dim=1).max(dim=1)
+    Path("pictures").mkdir()
+    for i in range(3):
+        v2.functional.to_pil_image(test.source[i]).save(f"pictures/{i}.png")
+    capsys.readouterr()
+    evaluation.main(["classifier.pt", "predict", "pictures"])  # a folder: all below it
+    for i, line in enumerate(capsys.readouterr().out.splitlines()[1:]):
+        path, name, percent = line.split("  ")
+        assert path == f"pictures/{i}.png" and name == train.PATTERNS[label[i]]
+        assert float(percent[:-1]) == pytest.approx(100 * p[i].item(), abs=0.11)
+    assert "holds no classifier" in fails([pretrained, "predict", "pictures"], capsys, evaluation.main)
+    assert "can't be read" in fails(["classifier.pt", "predict", "none.png"], capsys, evaluation.main, status=1)
+
+
+def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
+    root = write_folder(tmp_path / "photos", parts=["."])
+    write_image(root / "loose.png", torch.randint(256, (3, 40, 36), dtype=torch.uint8))
+    train.main([str(root), *FOLDER, "--out", "run"])
+    evaluation.main(["run", "--features", "features.pt"])
+    written = torch.load("features.pt", weights_only=True)
+    assert [Path(file).name for file in written["train"]["files"]] == [f"{i}.{'png' if i % 2 else 'jpg'}" for i in range(6)] * 2 + ["loose.png"]
+    assert len(written["train"]["features"]) == 13 and written["train"]["labels"] is None
+    assert Path("run/neighbors.png").exists()
+    capsys.readouterr()
+    evaluation.main(["run", "neighbors", str(root / "dog/3.png")])
+    path, *nearest = capsys.readouterr().out.splitlines()[-7:-1]
+    assert path == str(root / "dog/3.png") and nearest[0].split() == ["1.000", str(root / "dog/3.png")]
+    x = F.normalize(written["train"]["features"])
+    best = (x @ x[9]).topk(5).indices
+    assert [line.split()[1] for line in nearest] == [written["train"]["files"][i] for i in best]
+    assert "has no labels" in fails(["run", "knn"], capsys, evaluation.main)
+
+
+def test_fine_tuned_features_are_those_of_the_tuned_network(pretrained):
+    flags = ["finetune", "--epochs", "2", "--labels-per-class", "3"]
+    evaluation.main(["run", *flags, "--features", "features.pt", "--save", "classifier.pt"])
+    written = torch.load("features.pt", weights_only=True)["test"]["features"]
+    backbone, _ = build_backbone("convnet", width=2)
+    backbone.load_state_dict(torch.load("classifier.pt", weights_only=True)["model"])
+    torch.testing.assert_close(written, by_hand(backbone.eval(), data_of(pretrained)[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_no_numbers_get_no_accuracy(pretrained, capsys):
+    content = torch.load(pretrained, weights_only=True)
+    content["model"]["backbone.0.weight"][0] = math.nan
+    torch.save(content, "broken.pt")
+    assert "not finite" in fails(["broken.pt"], capsys, evaluation.main, status=1)
+
+
+def test_where_results_go_is_checked_before_the_work(pretrained, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    Path("taken.pt").write_text("mine")
+    Path("locked").mkdir()  # to the superuser none is
+    monkeypatch.setattr(evaluation.os, "access", lambda path, mode: Path(path).is_dir() and Path(path).name != "locked")
+    for words in (
+        "linear --save taken.pt", "linear --features taken.pt", "linear --save run/neighbors.png",
+        "linear --save one.pt --features one.pt", "linear --save locked/one.pt", "linear --save no/where.pt",
+        "linear --save run", "linear --json no/where", "knn --save one.pt", "--save one.pt", "predict", "linear a.png",
+        "predict a.png --untrained", "neighbors",
+    ):  # fmt: skip
+        fails(["run", *words.split()], capsys, evaluation.main)
+    assert Path("taken.pt").read_text() == "mine"
+
+
+def test_ctrl_c_ends_an_evaluation_in_one_line(pretrained, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "extract_features", interrupted)
+    assert "stopped by Ctrl-C" in fails(["run", "knn"], capsys, evaluation.main, status=130)
+
+
 # ------------------------------------------------------------------------------------------------
 # What a user can do wrong
 
@@ -1906,7 +2313,7 @@ def test_nonsense_gets_one_line_that_names_it_and_status_2(words, capsys):
 
 
 @pytest.mark.parametrize("words", [
-    "", "nosuch.pt", "afolder", "random", "random probe --data textures", "random --data nosuch", "random --data plain",
+    "", "nosuch.pt", "afolder", "random", "random probe --data textures", "random --data nosuch", "random knn --data plain",
     "random --data textures --k 0", "random --data textures --temperature 0", "random --data textures --arch vgg",
     "random --data textures --labels-per-class 501", "afile --data textures", "random --data textures --device tpu",
     "random --data textures --features no/such/place", "random --data textures --features afile",
@@ -1922,9 +2329,9 @@ def test_eval_answers_nonsense_the_same_way(words, capsys, tmp_path):
 
 
 def test_some_mistakes_are_told_in_these_words(capsys, monkeypatch):
-    for part in ("train", "val"):
-        write_image(Path("looseimages", part, "1.png"), [9, 9, 9])
-    assert "no class folder" in fails(["looseimages"], capsys)
+    for name in ("train/cat/1.png", "train/2.png"):
+        write_image(Path("looseimages", name), [9, 9, 9])
+    assert "train/2.png is in no class folder" in fails(["looseimages"], capsys)
     assert "DATA or --out is empty" in fails(["", *TINY], capsys)
     Path("link").symlink_to("nowhere")
     assert "no folder" in fails([*TINY, "--out", "link"], capsys)

@@ -13,6 +13,7 @@ variants of Sec. 5.2, data, flags, plumbing. What the first parts call stands be
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import datetime
@@ -21,13 +22,14 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -35,11 +37,12 @@ from typing import Any, BinaryIO, NoReturn
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before the training ends it without a traceback
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -71,7 +74,14 @@ FASHION = TEXTURES | dict(  # ours, for 40 minutes on two CPU cores
     image_size=28, epochs=30, knn_every=10,
     crop_min=0.4,  # the best of 0.2, 0.4 and 0.7 after two epochs with --holdout: kNN 78.2, 79.7, 78.4 %
 )
-RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION}
+SMALL = TEXTURES | dict(  # ours, for photographs of about 32 pixels on a laptop
+    width=32, hidden=1024, dim=1024, epochs=60, batch_size=128, base_lr=0.12, knn_every=10,
+)
+RECIPES = {
+    "textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "fashion-mnist": FASHION,
+    "imagenet": IMAGENET, "small": SMALL,
+}  # fmt: skip
+DATASETS = ["textures", "cifar10", "cifar100", "fashion-mnist"]  # a recipe each; a folder has imagenet
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,9 +250,11 @@ def build_model(args: argparse.Namespace) -> SimSiam:
 # The loop
 
 
-def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
+def pretrain(
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, arrays: dict[str, Any] | None = None
+) -> None:
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
-    images, test = load_data(args)
+    images, test = load_data(args, arrays)
     if len(images) < args.batch_size:
         fail(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
     args.mean = images.mean  # of the training images, if no flag said other ones
@@ -250,11 +262,15 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
     trainer = Trainer(args, images, torch.device(args.device))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
-    introduce(trainer)
+    elif args.init:
+        load_init(trainer.model, args.init)
+    check_memory(trainer)
+    introduce(trainer, has_knn=test is not None and test.labels is not None)
     begin(trainer, test)
 
     with noted_signals() as noted:
         trainer.model.train()
+        progress = Progress()
         began = time.monotonic()  # of what the next report calls its speed
         since = trainer.step
         stop = 0  # the number of the signal that ends the training
@@ -268,8 +284,7 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
             # To read a number makes a GPU finish its work first, so this comes rarely.
             if ended or stop or trainer.step % 50 == 0:
                 check_finite(trainer)
-                if sys.stdout and sys.stdout.isatty():
-                    print0(f"step {position}/{trainer.per_epoch} ", end="\r")
+            progress(f"epoch {epoch + 1}: step", trainer.step - since, trainer.per_epoch)
             if ended:
                 seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
                 trainer.seconds += seconds
@@ -278,6 +293,10 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
                 since = trainer.step
             if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
+            if ended and args.keep_every and epoch % args.keep_every == 0:
+                save(trainer, f"checkpoint-{epoch:04}.pt")
+            if ended and args.keep_best and is_best(trainer.history):
+                save(trainer, "checkpoint-best.pt")
             if stop:
                 break
         if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
@@ -285,6 +304,7 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
             save(trainer)
         if stop:
             leave(trainer, stop)
+    print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: python eval.py {args.out}")
 
 
 def leave(trainer: Trainer, stop: int) -> NoReturn:
@@ -294,7 +314,7 @@ def leave(trainer: Trainer, stop: int) -> NoReturn:
     sys.exit(128 + stop)
 
 
-def introduce(trainer: Trainer) -> None:
+def introduce(trainer: Trainer, has_knn: bool) -> None:
     """Two lines: what is going to run, and how to read what follows."""
     args = trainer.args
     print0(
@@ -302,7 +322,7 @@ def introduce(trainer: Trainer) -> None:
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; "
         f"{trainer.world} x {args.device}, {trainer.amp or torch.float32}; into {args.out}"
     )
-    knn = "k=200, T=0.2" if trainer.images.labels is not None else "no labels, so no kNN"
+    knn = "k=200, T=0.2" if has_knn else "no labelled test images, so no kNN"
     print0(f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: {knn}")
     if trainer.step == trainer.steps:
         print0(f"the run in {args.out} is already finished")
@@ -329,11 +349,11 @@ def report(trainer: Trainer, test: "Images | None", rate: float) -> None:
         for name, value in row.items():
             if value is not None:
                 trainer.tensorboard.add_scalar(name, value, trainer.step)
-    left = trainer.seconds * (args.epochs / epoch - 1)
+    left = datetime.timedelta(seconds=round(trainer.seconds * (args.epochs / epoch - 1)))
     percent = "" if knn is None else f"  kNN {knn:.1%}"
     print0(
         f"epoch {epoch:3d}/{args.epochs}  loss {loss:6.3f}  spread {spread_:.3f}  rank {erank:5.1f}  "
-        f"lr {row['lr']:.4f}  {rate:5.0f} images/s  {left:.0f} s left{percent}"
+        f"lr {row['lr']:.4f}  {rate:5.0f} images/s  {left} left{percent}"
     )
     if args.similarity == "cosine":
         text = advice(trainer.history)
@@ -382,7 +402,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
     options = dict(device=trainer.device, amp=trainer.amp, workers=trainer.args.workers)
     shown = images if test is None else test
     some = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()  # spread over all classes
-    if not knn or images.labels is None:
+    if not knn or test is None or test.labels is None:
         return effective_rank(extract_features(backbone, shown.subset(some), **options)).item(), None
     bank = extract_features(backbone, images, **options)
     features = extract_features(backbone, test, **options)
@@ -406,13 +426,12 @@ def extract_features(
     mode = backbone.training
     backbone.eval()
     parts = []
+    progress = Progress()
     for batch, _ in make_loader(images, ((None, indices) for indices in mine.split(250)), workers):
-        x = batch.to(device, non_blocking=True).float() / 255
-        if x.shape[-2:] != (images.size, images.size):
-            x = F.interpolate(x, [images.size] * 2, mode="bilinear", antialias=True)
-        x = normalize(x, images.mean, images.std)
+        x = normalize(batch.to(device, non_blocking=True).float() / 255, images.mean, images.std)
         with torch.autocast(x.device.type, amp, enabled=amp is not None):
             parts.append(backbone(x).float())
+        progress("features: batch", len(parts), math.ceil(len(mine) / 250))
     backbone.train(mode)
     features = torch.cat(parts)
     if world == 1:
@@ -459,7 +478,11 @@ class Targets(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # Data: uint8 until it is on the device
 
+ARRAYS = "arrays"  # DATA's name where a program brings its own
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]  # whatever a file's name, no other decoder sees it
+PARTNERS = ["val", "valid", "validation", "test"]  # of train/
+IN_MEMORY = 2**29  # bytes of pictures of one size that are kept decoded; CIFAR-10 has 0.3 * 2**29
+Part = tuple[Tensor | list[str], Tensor | None, list[str]]  # source, labels and files of Images
 
 
 class Images(torch.utils.data.Dataset):
@@ -467,24 +490,26 @@ class Images(torch.utils.data.Dataset):
 
     source: (N, 3, H, W) uint8 in memory, or N files to be decoded when asked for; labels: (N,).
     size: side of a view. mean, std: of the three channels, from 0 to 1.
+    files: their names, below `root`, if they come from files. classes: the names of the labels 0, 1, ...
     """
 
     def __init__(
         self, source: Tensor | list[str], labels: Tensor | None, size: int, crop_min: float = 1.0,
-        mean: list[float] | None = None, std: list[float] | None = None, root: str = "",
+        mean: list[float] | None = None, std: list[float] | None = None,
+        files: Sequence[str] = (), root: str = "", classes: Sequence[str] = (),
     ):  # fmt: skip
         self.source = source
         self.labels = labels
         self.size = size
         self.mean = mean
         self.std = std
-        self.root = root  # of the files
+        self.files = list(files)
+        self.root = root
+        self.classes = list(classes)
         self.in_memory = isinstance(source, Tensor)
         # For files. Crops are cut here and not on the device, so that images of all sizes fit one tensor.
         resize = v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True)
         self.crop = v2.Compose([resize, v2.RandomHorizontalFlip()])
-        side = round(size * 256 / 224)  # as on ImageNet
-        self.centre = v2.Compose([v2.Resize([side, side], antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -496,13 +521,13 @@ class Images(torch.utils.data.Dataset):
         """
         key, indices = request
         if self.in_memory:
-            return self.source[indices], indices
+            images = self.source[indices]
+            return images if key else centre(images, self.size), indices
         images = []
         for place, index in enumerate(indices.tolist()):
             image = decode(self.source[index])
             if key is None:
-                square = min(image.shape[-2:])  # first: a thin image, resized whole, would be huge
-                images.append(self.centre(v2.functional.center_crop(image, [square, square])))
+                images.append(centre(image, self.size))
             else:
                 torch.manual_seed(seed_of(key, place, index))  # so the number of workers changes nothing
                 images.append(torch.stack([self.crop(image), self.crop(image)]))
@@ -512,27 +537,54 @@ class Images(torch.utils.data.Dataset):
         part = copy.copy(self)
         part.source = self.source[indices] if self.in_memory else [self.source[i] for i in indices.tolist()]
         part.labels = None if self.labels is None else self.labels[indices]
+        part.files = [self.files[i] for i in indices.tolist()] if self.files else []
         return part
 
     def fingerprint(self) -> list[int]:
         """How many images, and a hash of the files' names: to notice at a resume that they have changed."""
-        files = [] if self.in_memory else self.source
-        return [len(self), seed_of([file.removeprefix(self.root).replace(os.sep, "/") for file in files])]
+        names = [file.removeprefix(self.root).replace(os.sep, "/") for file in self.files]
+        return [len(self), seed_of(names)]
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
-    """Training and test images of args.data; the latter are None without labels."""
-    if args.data == "textures":
-        sources = [textures(5000, seed=0), textures(2000, seed=1)]
-    elif args.data in RECIPES:
-        sources = [load_torchvision(args.data, args.data_dir, is_train) for is_train in (True, False)]
+def centre(images: Tensor, size: int) -> Tensor:
+    """(..., 3, size, size): what is not augmented is seen like this. The middle square of (..., 3, H, W).
+
+    Of larger images the border is left out, as on ImageNet, where 256 pixels are cut to 224.
+    """
+    side = min(images.shape[-2:])
+    images = v2.functional.center_crop(images, [side, side])  # first: a thin image, resized, would be huge
+    side = round(size * 256 / 224) if side > size else size
+    images = v2.functional.resize(images, [side, side], antialias=True)
+    return v2.functional.center_crop(images, [size, size])
+
+
+def load_data(
+    args: argparse.Namespace, arrays: dict[str, Any] | None = None
+) -> tuple[Images, Images | None]:
+    """Training and test images of args.data, or of `arrays` (see `from_arrays`). No test images: None."""
+    if arrays is None and args.data.endswith(".npz"):
+        arrays = read_npz(args.data)
+    classes: Sequence[str] = ()
+    if arrays is not None:
+        sources = from_arrays(arrays, args.holdout)
+    elif args.data == "textures":
+        sources = [(*textures(5000, seed=0), []), (*textures(2000, seed=1), [])]
+        classes = PATTERNS
+    elif args.data in DATASETS:
+        sources, classes = load_torchvision(args.data, args.data_dir)
     else:
-        sources = load_folder(Path(args.data))
-    options = dict(size=args.image_size, crop_min=args.crop_min, mean=args.mean, std=args.std, root=args.data)
-    parts = [Images(source, labels, **options) for source, labels in sources]
+        sources, classes = load_folder(Path(args.data))
+    options = dict(size=args.image_size, crop_min=args.crop_min, mean=args.mean, std=args.std)
+    parts = [
+        Images(source, labels, files=files, root=args.data, classes=classes, **options)
+        for source, labels, files in sources
+    ]
     images = parts[0]
     test = parts[1] if len(parts) == 2 else None
-    if args.holdout:
+    if args.holdout and not (arrays and "val_images" in arrays):
         if len(images) < 20:
             fail(f"--holdout: a tenth of {len(images)} images is too few; leave it out")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # whatever the seed
@@ -540,12 +592,64 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
         test = images.subset(order[:tenth])
         images = images.subset(order[tenth:])
     if images.mean is None:
-        # Per pixel, over the training set. For CIFAR-10's std that gives (0.2470, 0.2435, 0.2616); the often
-        # copied (0.2023, 0.1994, 0.2010) is the mean over images of each one's own.
-        stats = [torch.std_mean(images.source[:, c].float() / 255, correction=0) for c in range(3)]
-        images.mean = test.mean = [mean.item() for _, mean in stats]
-        images.std = test.std = [std.item() for std, _ in stats]
+        # Per pixel, over the training set, of files over a thousand of them. For CIFAR-10's std that gives
+        # (0.2470, 0.2435, 0.2616); the often copied (0.2023, 0.1994, 0.2010) is the mean over images of each
+        # one's own.
+        some = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()
+        pixels = images.source if images.in_memory else images[None, some][0]
+        stats = [torch.std_mean(pixels[:, c].float() / 255, correction=0) for c in range(3)]
+        for part in (images, test):
+            if part:
+                part.mean = [mean.item() for _, mean in stats]
+                part.std = [std.item() for std, _ in stats]
     return images, test
+
+
+def from_arrays(arrays: dict[str, Any], holdout: bool) -> list[Part]:
+    """train_images, train_labels, test_images, test_labels: arrays or tensors, as in the files of MedMNIST.
+
+    Images are uint8: (N, H, W), (N, H, W, 3) or (N, 3, H, W). Labels, (N,) or (N, 1), may be missing, and so
+    may the test images. With holdout, val_images and val_labels, if they are there, are the test images.
+    """
+    names = ["train", "val" if holdout and "val_images" in arrays else "test"]
+    parts = []
+    for name in names:
+        if f"{name}_images" not in arrays and parts:
+            continue
+        images = to_rgb(arrays.get(f"{name}_images"), f"{name}_images")
+        labels = arrays.get(f"{name}_labels")
+        if labels is not None:
+            labels = torch.as_tensor(labels).long().reshape(len(labels), -1)
+            if len(labels) != len(images):
+                fail(f"{name}_labels: {len(labels)} for {len(images)} images")
+            if labels.shape[1] > 1:
+                print0(f"warning: {name}_labels has {labels.shape[1]} an image: not used", sys.stderr)
+            labels = labels[:, 0] if labels.shape[1] == 1 else None
+        parts.append((images, labels, []))
+    return parts
+
+
+def to_rgb(array: Any, name: str) -> Tensor:
+    """(N, 3, H, W) uint8 of gray or RGB images, with the channels last or first or none."""
+    images = torch.as_tensor(array) if array is not None else torch.empty(0)
+    if images.ndim == 3:
+        images = images.unsqueeze(1)
+    elif images.ndim == 4 and images.shape[-1] in (1, 3):
+        images = images.movedim(-1, 1)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        found = f"{images.dtype} {tuple(images.shape)}" if array is not None else "nothing"
+        fail(f"{name}: uint8 images (N, H, W) or (N, H, W, 3) are needed, and here is {found}")
+    return images.expand(-1, 3, -1, -1).contiguous()
+
+
+def read_npz(path: str) -> dict[str, Any]:
+    try:
+        return dict(np.load(path).items())  # refuses pickles, which could run code
+    except Exception as error:  # whatever a damaged file raises
+        fail(f"{path} can't be read as .npz ({type(error).__name__}: {error}): check the file")
+
+
+PATTERNS = "stripes checks dots rings grids grains zigzags bricks streaks rays".split()
 
 
 def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -590,7 +694,7 @@ def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
         streaks,  # streaks
         wave(turn),  # rays
     ]
-    labels = torch.arange(count) % len(patterns)
+    labels = torch.arange(count) % len(PATTERNS)
     pattern = torch.tanh(4 * torch.stack(patterns)[labels, torch.arange(count)])  # soft edges
     shade = (draw(-0.3, 0.3) * x + draw(-0.3, 0.3) * y) / size + draw(0.4, 0.6)
     tint = draw(0.7, 1.3, 3, 1, 1) * draw(0.2, 0.4, 1, 1, 1)
@@ -599,8 +703,8 @@ def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return (images.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
-def load_torchvision(name: str, root: str, is_train: bool) -> tuple[Tensor, Tensor]:
-    """A data set of torchvision: images (N, 3, H, W) uint8 as RGB, and labels (N,)."""
+def load_torchvision(name: str, root: str) -> tuple[list[Part], list[str]]:
+    """Training and test images of a data set of torchvision, and its classes."""
     sets = torchvision.datasets
     kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "fashion-mnist": sets.FashionMNIST}[name]
     # One process of each machine downloads, and the others wait for it in over_ranks.
@@ -608,43 +712,68 @@ def load_torchvision(name: str, root: str, is_train: bool) -> tuple[Tensor, Tens
     try:
         if not first:
             over_ranks(torch.zeros(1))
-        dataset = kind(root, train=is_train, download=True)
+        parts = [kind(root, train=is_train, download=True) for is_train in (True, False)]
     except Exception as error:  # no network, no space, damaged: torchvision raises all kinds
         archive = getattr(kind, "filename", "FashionMNIST/raw with its four files, unpacked,")
         fail(f"{name} can't be read or downloaded ({error}): put {archive} into --data-dir {root}")
     if first:
         over_ranks(torch.zeros(1))
-    images = torch.as_tensor(dataset.data)  # (N, H, W) or (N, H, W, 3)
-    images = images.unsqueeze(1).expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return images.contiguous(), torch.as_tensor(dataset.targets)
+    return [(to_rgb(part.data, name), torch.as_tensor(part.targets), []) for part in parts], parts[0].classes
 
 
-def load_folder(root: Path) -> list[tuple[list[str], Tensor | None]]:
-    """Files and labels of root/train/CLASS/ and root/val/CLASS/; or files anywhere below, without labels.
+def load_folder(root: Path) -> tuple[list[Part], list[str]]:
+    """Training images and, if there are any, test images below root; and the classes.
 
-    All files are read once before the training starts. Those that can't be are named, and left out.
+    Training images are those of root/train/, test images those of the first of val/, valid/, validation/ and
+    test/. Without train/, all below root are training images. The folders in there are the classes, unless
+    some image lies outside of them: then there are no labels. All files are read once before the training
+    starts. Those that can't be are named, and left out.
     """
     if not root.is_dir():
-        fail(f"no data set and no folder is called {str(root)!r}: choose {', '.join(RECIPES)}, or a folder")
-    parts = [root / "train", root / "val"]
-    if not all(part.is_dir() for part in parts):
-        return [(find_images(root), None)]
-    files = [find_images(part) for part in parts]
-    names = [[Path(file).relative_to(part).parts for file in found] for part, found in zip(parts, files)]
-    if loose := [name[0] for name in itertools.chain(*names) if len(name) == 1]:
-        fail(f"{loose[0]} is in {root}/train or val, but in no class folder there: move it into one")
-    seen = [{name[0] for name in column} for column in names]
-    if differing := sorted(seen[0] ^ seen[1]):
-        print0(f"warning: only one of train and val has images of {', '.join(differing[:5])}", sys.stderr)
-    classes = {name: label for label, name in enumerate(sorted(seen[0] | seen[1]))}  # one numbering for both
-    labels = [torch.tensor([classes[name[0]] for name in column]) for column in names]
-    return list(zip(files, labels))
+        fail(f"no data set and no folder is called {str(root)!r}: choose {', '.join(DATASETS)}, or a folder")
+    parts = [root]
+    if (root / "train").is_dir():
+        partners = [root / name for name in PARTNERS if (root / name).is_dir()]
+        parts = [root / "train", *partners[:1]]
+        tests = f"tests on {parts[1].name}/" if partners else f"has no {'/, '.join(PARTNERS)}/ to test on"
+        print0(f"{root}: trains on train/, {tests}")
+
+    found = [find_images(parts[0])]
+    names = [class_folders(found[0][1], parts[0])]
+    if "" in names[0]:
+        if parts[0] != root and any(names[0]):
+            loose = found[0][1][names[0].index("")]
+            fail(f"{loose} is in no class folder, and others are: move it into one")
+        return [(found[0][0], None, found[0][1])], []
+    for part in parts[1:]:
+        found.append(find_images(part))
+        names.append(class_folders(found[1][1], part))
+        if "" in names[1]:
+            fail(f"{found[1][1][names[1].index('')]} is in no class folder: move it into one")
+        if differing := sorted({*names[0]} ^ {*names[1]}):
+            few = ", ".join(differing[:5])
+            print0(f"warning: only one of train/ and {part.name}/ has images of {few}", sys.stderr)
+    classes = sorted({name for column in names for name in column})  # one numbering for both
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [torch.tensor([number[name] for name in column]) for column in names]
+    return [(source, own, files) for (source, files), own in zip(found, labels)], classes
 
 
-def find_images(part: Path) -> list[str]:
-    """The readable images below a folder, links followed, hidden ones left out. Ranks share the reading."""
+def class_folders(files: list[str], part: Path) -> list[str]:
+    """Of each file the name of the folder in `part` that it is in, or "" if it is in none."""
+    places = [Path(file).relative_to(part).parts for file in files]
+    return [place[0] if len(place) > 1 else "" for place in places]
+
+
+def find_images(part: Path) -> tuple[Tensor | list[str], list[str]]:
+    """The readable images below a folder, links followed, hidden ones left out; and their file names.
+
+    Pictures of one size that fit in memory are kept as uint8 (N, 3, H, W), of others only the names. Ranks
+    share the reading.
+    """
     extensions = torchvision.datasets.folder.IMG_EXTENSIONS
     files = []
+    ignored: collections.Counter[str] = collections.Counter()
     walked = set()
     for folder, folders, names in os.walk(part, followlinks=True):
         place = os.path.realpath(folder)
@@ -654,43 +783,79 @@ def find_images(part: Path) -> list[str]:
             continue
         walked.add(place)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        images = [name for name in names if name[0] != "." and name.lower().endswith(extensions)]
-        files += [os.path.join(folder, name) for name in images]
+        for name in sorted(name for name in names if name[0] != "."):
+            if name.lower().endswith(extensions):
+                files.append(os.path.join(folder, name))
+            else:
+                ignored[os.path.splitext(name)[1].lower() or name] += 1
     files.sort()  # the same order everywhere
+    if ignored:
+        kinds = " ".join(kind for kind, _ in ignored.most_common(5))
+        print0(f"{part}: {ignored.total()} files ignored: {kinds}")
 
     # One bad file among a million would end the training hours later; to look at all of them takes minutes.
     rank, world = rank_and_world()
-    fine = torch.zeros(len(files), dtype=torch.uint8)
+    limit = IN_MEMORY // max(len(files), 1)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
-        fine[rank::world] = torch.tensor(list(pool.map(is_readable, files[rank::world])), dtype=torch.uint8)
-    fine = over_ranks(fine).bool().tolist()
+        read = list(pool.map(lambda file: try_reading(file, limit), files[rank::world]))
+    fine = torch.zeros(len(files), dtype=torch.uint8)
+    fine[rank::world] = torch.tensor([image is not None for image in read], dtype=torch.uint8)
+    fine = over_ranks(fine).bool()
     bad = [file for file, good in zip(files, fine) if not good]
     if bad:
         print0(f"warning: {len(bad)} files can't be read, and are left out: {', '.join(bad[:5])}", sys.stderr)
     if len(bad) == len(files):
         fail(f"no readable image below {part}: looked for {' '.join(extensions)}")
-    return list(itertools.compress(files, fine))
+    files = list(itertools.compress(files, fine))
+    images = join_images(read, fine)
+    return (files if images is None else images), files
 
 
-def is_readable(path: str) -> bool:
+def try_reading(path: str, limit: int) -> Tensor | None:
+    """The image, (3, H, W), if it has no more than `limit` bytes; else nothing, (0,). Unreadable: None."""
     if not os.path.isfile(path):  # a pipe would never end
-        return False
+        return None
     try:
         with Image.open(path, formats=FORMATS) as file:
+            if file.mode == "F":  # floats have no known range: they would turn black
+                return None
+            if 3 * file.width * file.height <= limit:
+                return decode(path)
             file.draft("RGB", (8, 8))  # reads all of a JPEG, but decodes it at an eighth: quicker by far
             ImageOps.exif_transpose(file)
-            return file.mode != "F"  # floats have no known range: they would turn black
+            return torch.empty(0, dtype=torch.uint8)
     except Exception:  # Pillow's plugins raise all kinds
-        return False
+        return None
+
+
+def join_images(read: list[Tensor | None], fine: Tensor) -> Tensor | None:
+    """All images of all ranks that are `fine`, (N, 3, H, W), if they were kept and have one size."""
+    kept = [image.shape for image in read if image is not None and image.ndim == 3]
+    shape = over_ranks(torch.tensor(kept[0] if kept else [0, 0, 0]), dist.ReduceOp.MAX).tolist()
+    same = all(image is None or [*image.shape] == shape for image in read)
+    if not over_ranks(torch.tensor(int(same)), dist.ReduceOp.MIN):
+        return None
+    rank, world = rank_and_world()
+    images = torch.zeros(len(fine), *shape, dtype=torch.uint8)
+    for place, image in zip(range(rank, len(fine), world), read):
+        if image is not None:
+            images[place] = image
+    return over_ranks(images)[fine]
 
 
 def decode(path: str) -> Tensor:
-    """uint8 RGB (3, H, W), upright, from whatever the file holds: gray, palette, CMYK, 16 bits, alpha."""
+    """uint8 RGB (3, H, W), upright, from whatever the file holds: gray, palette, CMYK, 16 bits.
+
+    What is transparent shows white.
+    """
     try:
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bits; converted as they are, all above 255 would turn white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return v2.functional.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # it was readable when the training began
         raise OSError(f"{path} can't be read any more ({error})") from error
@@ -749,17 +914,18 @@ def normalize(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
 NOT_SAVED = ["resume", "out", "device", "workers", "tensorboard"]  # of the machine or the call
-MAY_CHANGE = ["data_dir", "knn_every", "save_every", "amp"]  # at a resume: they do not define the training
+# At a resume: they do not define the training.
+MAY_CHANGE = ["data_dir", "knn_every", "save_every", "keep_every", "keep_best", "amp"]
 
 
-def recipe_of(data: str) -> dict[str, Any]:
-    return RECIPES.get(data, IMAGENET)  # a folder
+def recipe_of(data: str, recipe: str | None) -> dict[str, Any]:
+    usual = "small" if data.endswith(".npz") or data == ARRAYS else "imagenet"
+    return RECIPES[recipe or (data if data in DATASETS else usual)]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    recipes = (RECIPES | {"a folder": IMAGENET}).items()
-    lines = [f"{name}: " + " ".join(f"{k}={v}" for k, v in recipe.items()) for name, recipe in recipes]
-    title = "Pretrain SimSiam. Flags without a default here have one for each DATA: see the end."
+    lines = [f"{name}: " + " ".join(f"{k}={v}" for k, v in flags.items()) for name, flags in RECIPES.items()]
+    title = "Pretrain SimSiam. Flags without a default here have one in each recipe: see the end."
     parser = start_parser(title, "\n".join([*lines, COST]))
     flag = parser.add_argument
     size = in_range(int, 1, 65536)
@@ -767,10 +933,13 @@ def build_parser() -> argparse.ArgumentParser:
     rate = in_range(float, 0, 1000)
     count = in_range(int, 0, 10**6)
     many = in_range(int, 1, 10**6)
-    names = f"{', '.join(RECIPES)}, or a folder (default: textures)"
+    names = f"{', '.join(DATASETS)}, a folder, or a .npz file (default: textures)"
     flag("data", nargs="?", metavar="DATA", help=names)
+    usual = "default: DATA's own; a folder's: imagenet, a .npz file's: small"
+    flag("--recipe", choices=[*RECIPES], help=usual)
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
     flag("--resume", action="store_true", help="go on with the run in --out, or the latest; else begin it")
+    flag("--init", metavar="CHECKPOINT", help="begin with the weights of another run")
     # model
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, or a ResNet of torchvision by name")
     flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
@@ -807,6 +976,9 @@ def build_parser() -> argparse.ArgumentParser:
     # system
     flag("--knn-every", type=count, help="epochs between kNN evaluations; 0: none")
     flag("--save-every", type=many, default=1, help="epochs between checkpoints (default: 1)")
+    flag("--keep-every", type=count, default=0, help="epochs between copies that stay: checkpoint-0100.pt")
+    best = "keep the best by kNN as checkpoint-best.pt; with --holdout, for the test images must not choose"
+    flag("--keep-best", action="store_true", help=best)
     kinds = ["auto", "off", "bf16", "fp16"]
     flag("--amp", choices=kinds, default="auto", help="auto: bf16 where the hardware has it")
     flag("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
@@ -821,18 +993,32 @@ def start_parser(title: str, epilog: str = "") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = lambda message: fail(f"{message}; see --help")
+    parser.error = lambda message: fail(f"{message}{suggestion(parser, message)}; see --help")
     devices = ["cpu"]
     if torch.accelerator.is_available():
         devices.insert(0, torch.accelerator.current_accelerator().type)
+
+    def device(name: str) -> str:
+        if name not in devices:
+            raise argparse.ArgumentTypeError(f"no {name} device was found: choose {' or '.join(devices)}")
+        return name
+
     flag = parser.add_argument
     flag("--data-dir", default="data", help="for downloaded data sets (default: data)")
     flag("--holdout", action="store_true", help="test on a tenth of the training set, kept apart")
     flag("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="default: 0")
-    flag("--device", choices=devices, default=devices[0], help=f"default: {devices[0]}")
+    flag("--device", type=device, default=devices[0], help=f"{' or '.join(devices)} (default: {devices[0]})")
     workers = min(4, os.cpu_count() or 1)
     flag("--workers", type=in_range(int, 0, 256), default=workers, help="that decode a folder's images")
     return parser
+
+
+def suggestion(parser: argparse.ArgumentParser, message: str) -> str:
+    """For an unknown flag, as --lr, the shortest known one that contains it."""
+    unknown = re.match("unrecognized arguments: --([^ =]+)", message)
+    flags = re.findall(r"--[\w-]+", parser.format_usage())
+    near = [flag for flag in flags if unknown and unknown[1] in flag]
+    return f": do you mean {min(near, key=len)}?" if near else ""
 
 
 def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -856,6 +1042,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     args = parser.parse_args(words)
     if "" in (args.data, args.out):
         fail("DATA or --out is empty: name a data set or a folder")
+    if args.data in RECIPES.keys() - set(DATASETS) and not os.path.exists(args.data):
+        fail(f"{args.data} is a recipe: name a folder, and add --recipe {args.data}")
     out = choose_out(args.data, args.out, args.resume)
     checkpoint = None
     if args.resume and os.path.lexists(out / "checkpoint.pt"):  # a link that leads nowhere is an error
@@ -870,9 +1058,9 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
     saved = checkpoint["args"] if checkpoint else {}
     data = (args.data or str(saved.get("data", "textures"))).replace("\0", "?")
-    if data not in RECIPES:
+    if data not in [*DATASETS, ARRAYS]:
         data = os.path.realpath(data)  # to be found again from another folder
-    parser.set_defaults(**recipe_of(data))
+    parser.set_defaults(**recipe_of(data, args.recipe))
     # What was saved comes first on the command line, and what was typed behind it: the last one counts.
     names = vars(args).keys() - {*NOT_SAVED, "data"}
     flags = to_flags(saved, names)
@@ -913,7 +1101,7 @@ def compare(before: argparse.Namespace, args: argparse.Namespace) -> None:
         now = getattr(args, name)
         if was == now or name in [*NOT_SAVED, *MAY_CHANGE]:
             continue
-        if name == "data" and not {was, now} & RECIPES.keys():  # a folder may move; its files are compared
+        if name == "data" and not {was, now} & {*DATASETS, ARRAYS}:  # may move; its files are compared
             print0(f"warning: {args.out} ran on {was}, and goes on with {now}", sys.stderr)
         else:
             remedy = "leave it out, or name another --out"
@@ -931,6 +1119,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         fail(f"--amp fp16 needs CUDA, and this is {args.device}: choose bf16 or off")
     if len({"--mean", "--std"} & given) == 1:
         fail("--mean and --std go together: give both or none")
+    if args.keep_best and not (args.holdout and args.knn_every):
+        fail("--keep-best chooses by kNN, and not with the test images: add --holdout, and --knn-every N")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         fail("--tensorboard needs a package: pip install tensorboard, or leave it out")
     if args.eta_momentum and (world, args.alternate, args.pairs, args.similarity) != (1, 1, 1, "cosine"):
@@ -1078,11 +1268,26 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             beside.unlink(missing_ok=True)
 
 
-def save(trainer: Trainer) -> None:
+def save(trainer: Trainer, name: str = "checkpoint.pt") -> None:
     state = trainer.state_dict()
     if trainer.rank == 0:
-        with whole_file(Path(trainer.args.out, "checkpoint.pt")) as file:
+        with whole_file(Path(trainer.args.out, name)) as file:
             torch.save(state, file)
+
+
+def is_best(history: list[dict[str, Any]]) -> bool:
+    """Whether kNN was measured at the end of the last epoch, and never was higher."""
+    measured = [row["knn"] for row in history if row["knn"] is not None]
+    return history[-1]["knn"] is not None and measured[-1] > max(measured[:-1], default=0)
+
+
+def load_init(model: SimSiam, path: str) -> None:
+    """--init: all weights of another run, to begin with."""
+    try:
+        model.load_state_dict(read_checkpoint(Path(path))["model"])
+    except Exception as error:  # whatever a file of the right form may hold
+        reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
+        fail(f"--init {path} does not fit these flags ({reason}): give the network's as they were there")
 
 
 def write_metrics(trainer: Trainer) -> None:
@@ -1100,10 +1305,33 @@ def save_views(trainer: Trainer) -> None:
     batch, _ = images[key, indices[:8]]
     plain, _ = images[None, indices[:8]]
     x1, x2 = two_views(batch, args.image_size, args.crop_min, args.blur)
-    plain = F.interpolate(plain / 255, args.image_size, mode="bilinear", antialias=True)
     if trainer.rank == 0:
-        with whole_file(Path(args.out, "views.png")) as file:
-            torchvision.utils.save_image(torch.cat([plain, x1, x2]), file, format="png", nrow=len(plain))
+        rows = [plain, *((x * 255).byte() for x in (x1, x2))]
+        save_picture(Path(args.out, "views.png"), dict(zip(["image", "view 1", "view 2"], rows)))
+
+
+def save_picture(path: Path, rows: dict[str, Tensor], frames: list[list[str]] | None = None) -> None:
+    """Rows of images, (N, 3, S, S) uint8, each under its name; each image in a frame of a colour, or white.
+
+    Small images are enlarged, pixel by pixel, to 96 pixels at least.
+    """
+    size = next(iter(rows.values())).shape[-1]
+    side = size * math.ceil(96 / size)
+    step = side + 12
+    columns = max(map(len, rows.values()))
+    picture = Image.new("RGB", (step * columns + 8, (step + 16) * len(rows) + 8), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, images) in enumerate(rows.items()):
+        top = i * (step + 16)
+        draw.text((8, top + 4), name.encode("ascii", "replace").decode(), fill="black")
+        for j, image in enumerate(images):
+            left = step * j
+            if frames:
+                draw.rectangle((left + 4, top + 20, left + side + 11, top + side + 27), fill=frames[i][j])
+            tile = v2.functional.to_pil_image(image).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(tile, (left + 8, top + 24))
+    with whole_file(path) as file:
+        picture.save(file, format="png")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -1134,6 +1362,78 @@ def check_finite(trainer: Trainer) -> None:
         where = f"step {trainer.step}, lr {lr:.4g}, amp {trainer.amp or 'off'}"
         remedy = "lower --base-lr or --weight-decay, or --amp off. The checkpoint is from before"
         fail(f"loss or weights are not finite at {where}: {remedy}", status=1)
+
+
+class Progress:
+    """How far a loop is: on a terminal in place and every second, elsewhere a line every three minutes.
+
+    The first time comes early, after ten seconds: to know soon how long an epoch will take.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.told = self.began
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.wait = 1 if self.terminal else 10  # seconds
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self.began = now  # the first one is slower than the others
+        if now - self.told < self.wait or done == 1:
+            return
+        self.told = now
+        self.wait = 1 if self.terminal else 180
+        whole = datetime.timedelta(seconds=round((now - self.began) / (done - 1) * total))
+        print0(f"{what} {done} of {total}, in all {whole} ", end="\r" if self.terminal else "\n")
+
+
+def check_memory(trainer: Trainer) -> None:
+    """Stops before a step that is sure not to fit, where it would be killed without a word."""
+    need = memory_of_a_step(trainer)
+    free = free_memory(trainer.device)
+    if trainer.device.type == "cpu":
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if need > free:
+        batch = 2 ** int(math.log2(max(2, free / need * trainer.args.batch_size)))
+        fail(
+            f"a step needs about {need / 2**30:.1f} GB of memory, and {free / 2**30:.1f} are free: "
+            f"take --batch-size {batch} or a smaller --image-size, or for small pictures --recipe small"
+        )
+
+
+def memory_of_a_step(trainer: Trainer) -> float:
+    """Bytes that the network keeps for the backward pass of this rank's batch, measured on a few images."""
+    args = trainer.args
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    counts = []
+    for n in (2, 4):
+        kept.clear()
+        x = torch.zeros(n, 3, args.image_size, args.image_size, device=trainer.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            with torch.autocast(trainer.device.type, trainer.amp, enabled=trainer.amp is not None):
+                trainer.model.eval()(x, x.clone())
+        counts.append(sum(kept.values()))
+    an_image = (counts[1] - counts[0]) / 2  # without the weights, which are kept once
+    return an_image * args.batch_size * args.pairs / trainer.world
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; where nobody tells, infinitely many."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        limits.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits) if device.type == "cpu" else math.inf
 
 
 @contextlib.contextmanager
@@ -1191,12 +1491,17 @@ def one_line_errors() -> Iterator[None]:
         fail(text, status=1)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The whole command, for a shell, a notebook or a test. SystemExit on a mistake and on a signal."""
+def main(argv: list[str] | None = None, arrays: dict[str, Any] | None = None) -> None:
+    """The whole command, for a shell, a notebook or a test. SystemExit on a mistake and on a signal.
+
+    arrays: your own images instead of DATA, for example dict(train_images=x) with x uint8 (N, 3, H, W);
+    labels and test images as in `from_arrays`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     try:
         with one_line_errors():
             setup_distributed()
-            pretrain(*get_args(argv))
+            pretrain(*get_args(argv if arrays is None else [ARRAYS, *argv]), arrays)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
