@@ -939,6 +939,9 @@ def test_a_npz_file_in_the_form_of_medmnist_is_a_data_set(capsys):
     np.savez("rgb.npz", train_images=rgb.numpy())
     images, test = train.load_data(args_of("rgb.npz"))
     assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
+    np.savez("half.npz", **{name: array for name, array in made.items() if name != "train_labels"})
+    train.main(["half.npz", *FOLDER, "--knn-every", "1"])
+    assert rows("runs/half.npz")[0]["knn"] is None
     np.savez("many.npz", **arrays_of(train_labels=np.zeros((40, 14))))
     assert train.load_data(args_of("many.npz"))[0].labels is None
     assert "train_labels has 14 an image: not used" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
     python train.py                                 # textures, built in: about two minutes on two CPU cores
     python train.py --no-stop-gradient              # without the stop-gradient: watch it collapse
+    python train.py PHOTOS --recipe small           # a folder of images, on a laptop
     python train.py cifar10                         # App. D, for one GPU
     torchrun --nproc_per_node=8 train.py PHOTOS     # a folder of images, the ImageNet recipe, eight GPUs
     python train.py --resume                        # go on with the latest run exactly where it stopped
@@ -591,6 +592,8 @@ def load_data(
         tenth = len(images) // 10
         test = images.subset(order[:tenth])
         images = images.subset(order[tenth:])
+    if test and images.labels is None:
+        test.labels = None  # kNN needs both
     if images.mean is None:
         # Per pixel, over the training set, of files over a thousand of them. For CIFAR-10's std that gives
         # (0.2470, 0.2435, 0.2616); the often copied (0.2023, 0.1994, 0.2010) is the mean over images of each
