@@ -273,7 +273,8 @@ class SimSiam(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Views (App. A): a whole batch at a time, on its device, with parameters drawn for every image. All of it
-# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU: the same ones for every device.
+# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU, the same ones for every device, and
+# go over in one piece without waiting: a GPU is busy with the step before, and each stop would cost.
 
 
 def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -> Tensor:
@@ -289,36 +290,46 @@ def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
     """What follows the crop: color jitter, gray and blur, each in some of the images. Changes x itself."""
 
     def some(probability: float) -> Tensor:
-        return (torch.rand(len(x)) < probability).nonzero()[:, 0].to(x.device)
+        return (torch.rand(len(x)) < probability).nonzero()[:, 0]
 
     def factors(count: int, low: float, high: float) -> Tensor:
-        return torch.empty(count, 1, 1, 1).uniform_(low, high).to(x.device)
+        return torch.empty(count).uniform_(low, high)
 
     # ColorJitter(0.4, 0.4, 0.4, 0.1) in 80 % of the images, in a random order that one batch shares.
-    chosen = some(0.8)
     jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
+    chosen = some(0.8)
+    order = torch.randperm(4).tolist()
+    strengths = [factors(len(chosen), *jitter[i][1:]) for i in order]
+    grayed = some(0.2)
+    soft = some(blurred)
+    sigma = factors(len(soft), 0.1, 2.0)
+    chosen, grayed, soft, sigma, *strengths = move([chosen, grayed, soft, sigma, *strengths], x.device)
+
     jittered = x[chosen]
-    for i in torch.randperm(4).tolist():
-        operation, low, high = jitter[i]
-        jittered = operation(jittered, factors(len(chosen), low, high))
+    for i, strength in zip(order, strengths):
+        jittered = jitter[i][0](jittered, strength.view(-1, 1, 1, 1))
     x[chosen] = jittered
-
-    chosen = some(0.2)
-    x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
-
-    chosen = some(blurred)
-    if len(chosen):
-        x[chosen] = blur(x[chosen], factors(len(chosen), 0.1, 2.0))
+    x[grayed] = to_gray(x[grayed]).expand(-1, 3, -1, -1)
+    if len(soft):
+        x[soft] = blur(x[soft], sigma)
     return x
+
+
+def move(parts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors (n,) to a device in one transfer, which takes no longer than each of many small ones."""
+    whole = torch.cat([part.float() for part in parts])  # float32 is exact for indices, up to 2**24 of them
+    pieces = whole.to(device, non_blocking=True).split([len(part) for part in parts])
+    return [piece.to(part.dtype) for piece, part in zip(pieces, parts)]
 
 
 def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
     """RandomResizedCrop, then a flip with probability 1/2: (N, 3, size, size)."""
     n, _, height, width = x.shape
-    top, left, h, w = crop_boxes(n, height, width, crop_min)
+    boxes = crop_boxes(n, height, width, crop_min)
+    top, left, h, w, flipped = move([*boxes, torch.rand(n) < 0.5], x.device)
     columns = resize_matrix(left, w, width, size)
-    columns = torch.where(torch.rand(n, 1, 1) < 0.5, columns.flip(1), columns)
-    return crop_and_resize(x, resize_matrix(top, h, height, size).to(x.device), columns.to(x.device))
+    columns = torch.where(flipped.view(-1, 1, 1), columns.flip(1), columns)
+    return crop_and_resize(x, resize_matrix(top, h, height, size), columns)
 
 
 def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -347,8 +358,8 @@ def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) ->
     start = start.view(-1, 1, 1)
     length = length.view(-1, 1, 1)
     scale = length / size_out
-    centre = start + (torch.arange(size_out).view(1, -1, 1) + 0.5) * scale
-    pixel = torch.arange(size_in) + 0.5
+    centre = start + (torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    pixel = torch.arange(size_in, device=start.device) + 0.5
     weight = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)  # a triangle
     weight = weight * ((pixel > start) & (pixel < start + length))  # nothing from outside the crop
     return weight / weight.sum(dim=-1, keepdim=True)
@@ -392,13 +403,13 @@ def hue(x: Tensor, f: Tensor) -> Tensor:
     turn = sector.div_(6).add_(f.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
     # A channel is at its maximum over a third of the circle, at its minimum over another, linear between;
     # red, green and blue peak a third of a circle apart, which these offsets say.
-    offset = torch.tensor([5 / 6, 3 / 6, 1 / 6], device=x.device).view(1, 3, 1, 1)
+    offset = (5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) / 6  # 5/6, 3/6, 1/6
     below = (turn + offset).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
     return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with a sigma, (N, 1, 1, 1) in pixels, up to 2; reflecting at the border."""
+    """Gaussian blur with a sigma, (N,) in pixels, up to 2; reflecting at the border."""
     n, channels, height, width = x.shape
     radius = 6  # three standard deviations of the widest
     taps = torch.arange(-radius, radius + 1, device=x.device)

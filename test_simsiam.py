@@ -6,6 +6,7 @@ comes from elsewhere than the code: the equation written out, finite differences
 operations, a loop, or the paper's tables.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import eval as evaluation
@@ -1775,6 +1777,73 @@ def test_on_several_gpus_BN_is_over_the_whole_batch(small_textures, monkeypatch)
         assert wrapped.pop() == ids and not wrapped
         layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert len(layers) == 9 and all(isinstance(m, nn.SyncBatchNorm) == (device == "cuda") for m in layers)
+
+
+class Transfers(TorchDispatchMode):
+    """Notes what goes from the CPU to the device `meta`: shape, and whether without waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types_, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device == CPU and out.device.type == "meta":
+            self.seen.append((tuple(out.shape), bool(kwargs.get("non_blocking"))))
+        return out
+
+
+META = torch.device("meta")  # has shapes and no numbers: what a CPU's tensor meets it raises, and so does reading one
+VARIANTS = ["", "--no-stop-gradient", "--predictor none", "--predictor fixed --affine", "--bn none", "--alternate 2"]
+VARIANTS += ["--asymmetric --pairs 2", "--blur 0.5 --similarity cross-entropy", "--eta-momentum 0.8 --predictor none"]
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(flags, small_textures, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # has no "meta"
+    args = args_of(*SMALL, *flags.split())
+    images, test = train.load_data(args)
+    args.mean, args.std = images.mean, images.std
+    crops = torch.zeros(args.batch_size * args.pairs, 2, 3, 32, 32, dtype=torch.uint8)  # of files
+    for part in (images, test):
+        part.move_to(META)
+    t = train.Trainer(args, images, META)
+    for batch, indices in first(t, 2):
+        with Transfers() as transfers:
+            t.update(batch, indices)
+        # Crops, colours, and mean and std of each view; every number of them is small.
+        assert len(transfers.seen) == 4 and all(math.prod(shape) <= 5000 for shape, _ in transfers.seen)
+        assert all(non_blocking for _, non_blocking in transfers.seen)
+    with Transfers() as transfers:
+        t.update(crops, indices)
+    assert (tuple(crops.shape), True) in transfers.seen and all(free for _, free in transfers.seen)
+    features = train.extract_features(t.model.backbone, test, META)
+    assert features.device.type == "meta" and spread(features).device.type == "meta"
+    monkeypatch.setattr(torch.Tensor, "unique", lambda x, return_inverse: (x[:10], x))  # asks for numbers
+    assert knn_predict(features, features, torch.zeros(200, dtype=torch.long, device="meta")).device.type == "meta"
+
+
+def test_a_gpu_is_waited_for_every_50_steps_and_at_the_end_of_an_epoch(small_textures, monkeypatch):
+    checked = []
+    monkeypatch.setattr(train, "check_finite", lambda t: checked.append(t.step))
+    train.main([*SMALL, "--batch-size", "4", "--out", "run"])
+    assert checked == [50, 100, 125, 150, 200, 250]
+
+
+def test_images_in_memory_live_on_the_device_where_they_fit(small_textures, monkeypatch):
+    images, _ = train.load_data(args_of())
+    images.move_to(CPU)
+    whole = images.source
+    monkeypatch.setattr(train, "free_memory", lambda device: 4 * whole.nbytes)
+    images.move_to(META)
+    assert images.source is whole  # no room
+    monkeypatch.setattr(train, "free_memory", lambda device: 4 * whole.nbytes + 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.make_loader(images, [], 0).pin_memory  # images that move with every step
+    images.move_to(META)
+    assert images.source.device == META and images["0 0", torch.arange(4)][0].device == META
+    images.source = types.SimpleNamespace(is_cuda=True)
+    assert not train.make_loader(images, [], 0).pin_memory  # they are there
 
 
 def test_each_process_has_its_machines_own_gpu_and_gloo_beside_nccl(monkeypatch, capsys):
