@@ -35,9 +35,9 @@ from torchvision.transforms import v2
 
 from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, unit
 from train import (
-    RECIPES, Images, Progress, extract_features, fail, find_images, in_range, learning_rate, load_data,
-    make_loader, one_line_errors, read_checkpoint, recipe_of, save_picture, schedule, start_parser, to_flags,
-    whole_file,
+    ARRAYS, RECIPES, Images, Progress, extract_features, fail, find_images, in_range, learning_rate,
+    load_data, make_loader, one_line_errors, print0, read_checkpoint, recipe_of, save_picture, schedule,
+    start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
         except (RuntimeError, AttributeError, TypeError) as error:
             reason = re.sub(r"\s+", " ", str(error)).split(": ", 1)[-1][:200]
             fail(f"{args.checkpoint} does not fit --arch {args.arch} --stem {args.stem}: {reason}")
-        print(f"{args.checkpoint}: all {len(weights)} tensors of {args.arch} loaded")
+        print0(f"{args.checkpoint}: all {len(weights)} tensors of {args.arch} loaded")
     return backbone.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
 
 
@@ -209,23 +209,29 @@ def recipe(base_lr: float, batch: int, epochs: int, steps: list[Any]) -> str:
 def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """Loads, does each task, and writes what the flags ask for."""
     backbone = load_backbone(args, content)
+    pictures = open_pictures(args)
     train, test = load_data(args)
     tasks = choose_tasks(args, train, test)
+    if args.labels_per_class and train.labels is None:
+        fail(f"--labels-per-class: {args.data} has no labels: leave it out")
     if args.labels_per_class:
         train = train.subset(few_labels(train, args.labels_per_class, args.seed))
     shown = train if test is None else test
+    for part in (train, shown):
+        part.move_to(torch.device(args.device))
     options = dict(device=args.device, workers=args.workers)
     bank = extract_features(backbone, train, **options)  # (M, D)
     features = extract_features(backbone, shown, **options)  # (N, D)
     if not (bank.isfinite().all() and features.isfinite().all()):
         fail(f"{args.checkpoint} gives features that are not finite: take another checkpoint", status=1)
     counts = f"{len(train)} training images, {'no' if test is None else len(test)} test images"
-    print(f"{args.data}: {counts}, features of length {bank.shape[1]}")
+    print0(f"{args.data}: {counts}, features of length {bank.shape[1]}")
 
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for task in tasks:
         if task == "neighbors":
-            print_neighbors(args, backbone, train, bank)
+            pictures.mean, pictures.std = train.mean, train.std
+            print_neighbors(pictures, extract_features(backbone, pictures, **options), train, bank)
         elif task == "knn":
             k = min(args.k, len(bank))
             predicted = knn_predict(features, bank, train.labels.to(bank.device), k, args.temperature)
@@ -237,9 +243,9 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
                 features = extract_features(backbone, test, **options)
             with torch.no_grad():
                 predicted = train.labels.unique()[head(features).argmax(dim=1).cpu()]
-            report(args, task, how, predicted, test)
             if args.save:
                 save_classifier(args, backbone, head, train)
+            report(args, task, how, predicted, test)
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or task == "finetune", "the probe changed the backbone"
     if args.features:
@@ -256,8 +262,8 @@ def choose_tasks(args: argparse.Namespace, train: Images, test: Images | None) -
         return [args.task] if args.task else ["knn", "linear"]
     missing = "labels" if train.labels is None else "test images with labels (try --holdout)"
     if args.task:
-        fail(f"{args.task}: {args.data} has no {missing}: it needs train/CLASS/ and val/CLASS/")
-    print(f"{args.data} has no {missing}: no kNN, no probe")
+        fail(f"{args.task}: {args.data} has no {missing}; see 'Your data' in the README")
+    print0(f"{args.data} has no {missing}: no kNN, no probe")
     return []
 
 
@@ -266,13 +272,13 @@ def report(args: argparse.Namespace, task: str, how: str, predicted: Tensor, tes
     correct = predicted.cpu() == test.labels
     n = len(correct)
     hits = int(correct.sum())
-    print(f"{task} ({how}): top-1 {hits / n:.2%} ({hits} of {n})", flush=True)
+    print0(f"{task} ({how}): top-1 {hits / n:.2%} ({hits} of {n})")
     by_class = {}
     for label in test.labels.unique():
         by_class[test.class_name(int(label))] = correct[test.labels == label].float().mean().item()
     worst = sorted(by_class, key=by_class.get)[:20]
     accuracies = ", ".join(f"{name} {by_class[name]:.1%}" for name in worst)
-    print(f"  by class, the worst first: {accuracies}")
+    print0(f"  by class, the worst first: {accuracies}")
     if args.json:
         row = dict(
             checkpoint=args.checkpoint, untrained=args.untrained, data=args.data, holdout=args.holdout,
@@ -300,50 +306,57 @@ def save_classifier(args: argparse.Namespace, backbone: nn.Module, head: nn.Modu
 
 
 def predict(args: argparse.Namespace, content: dict[str, Any]) -> None:
-    """Prints for each picture its path, class, and the class's probability."""
+    """Prints for each picture its path, class, and the class's probability, with tabs between them."""
     backbone = load_backbone(args, content)
     try:
-        weights = {str(name): value for name, value in content["head"].items()}
+        weights = dict(content["head"])
         classes = [str(name) for name in content["classes"]]
         head = new_classifier(torch.zeros(2, weights["1.weight"].shape[1]), len(classes), seed=0)
         if "0.running_mean" not in weights:  # of --official
             head[0] = nn.Identity()
         head.load_state_dict(weights)
+        model = nn.Sequential(backbone, head.eval().to(args.device))
+        model(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
+        assert {"image_size", "mean", "std"} <= content["args"].keys()
+        assert all(value.isfinite().all() for value in model.state_dict().values())
     except Exception as error:  # whatever a file may hold
-        kind = type(error).__name__
         remedy = "write one with linear --save or finetune --save"
-        fail(f"{args.checkpoint} holds no classifier ({kind}): {remedy}")
+        fail(f"{args.checkpoint} holds no classifier ({type(error).__name__}: {error}): {remedy}")
     pictures = open_pictures(args)
-    model = nn.Sequential(backbone, head.eval().to(args.device))
     logits = extract_features(model, pictures, args.device, workers=args.workers)
     probability, label = logits.softmax(dim=1).max(dim=1)
     for file, p, i in zip(pictures.files, probability.tolist(), label.tolist()):
-        print(f"{file}  {classes[i]}  {p:.1%}")
+        print0(f"{file}\t{classes[i]}\t{p:.1%}")
 
 
 def open_pictures(args: argparse.Namespace) -> Images:
-    """The files of the command line; of a folder all below it."""
+    """The files of the command line; of a folder all below it. What can't be read is named, and left out."""
     files = []
     for name in args.pictures:
-        files += find_images(Path(name))[1] if os.path.isdir(name) else [name]
+        if os.path.isdir(name):
+            files += find_images(Path(name))[1]
+        elif try_reading(name, limit=0) is not None:
+            files.append(name)
+        else:
+            print0(f"warning: {name} can't be read, and is left out", sys.stderr)
+    if args.pictures and not files:
+        fail("no picture can be read: check the paths")
     return Images(files, None, args.image_size, mean=args.mean, std=args.std, files=files)
 
 
-def print_neighbors(args: argparse.Namespace, backbone: nn.Module, train: Images, bank: Tensor) -> None:
+def print_neighbors(pictures: Images, features: Tensor, train: Images, bank: Tensor) -> None:
     """Of each picture the five nearest training images by cosine: their number or file, and their class."""
-    pictures = open_pictures(args)
-    features = extract_features(backbone, pictures, args.device, workers=args.workers)
     cosine, nearest = (unit(features) @ unit(bank).T).topk(min(5, len(bank)), dim=1)
     for file, values, indices in zip(pictures.files, cosine.tolist(), nearest.tolist()):
-        print(file)
+        print0(file)
         for value, i in zip(values, indices):
             name = train.files[i] if train.files else f"training image {i}"
-            label = "" if train.labels is None else f"  {train.class_name(int(train.labels[i]))}"
-            print(f"  {value:.3f}  {name}{label}")
+            label = "" if train.labels is None else train.class_name(int(train.labels[i]))
+            print0(f"  {value:.3f}\t{name}\t{label}")
 
 
 def save_features(path: str, **parts: tuple[Tensor, Images]) -> None:
-    """{"train": {"features": (M, D), "labels": (M,) or None, "files": [...]}, "test": ..., "classes": [...]}"""
+    """{"train": {"features": (M, D), "labels": (M,) or None, "files": [...]}, "test": ..., "classes": ...}"""
     content: dict[str, Any] = {}
     for name, (x, images) in parts.items():
         content[name] = dict(features=x.cpu(), labels=images.labels, files=images.files)
@@ -356,7 +369,7 @@ def write_new(path: str, content: dict[str, Any]) -> None:
         fail(f"{path} exists already: name a new file")
     with whole_file(Path(path)) as file:
         torch.save(content, file)
-    print(f"wrote {path}")
+    print0(f"wrote {path}")
 
 
 def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, path: Path) -> None:
@@ -364,8 +377,8 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
 
     A green frame has the class of the image on the left, a red one another.
     """
-    if path.exists() and not path.with_name("metrics.jsonl").exists():
-        return print(f"no picture: {path} is there, and not in the folder of a run")
+    if not path.with_name("metrics.jsonl").exists():
+        return print0(f"no {path}: it would not be in the folder of a run")
     shown = torch.linspace(0, len(test) - 1, min(10, len(test))).long()
     similarity = unit(features[shown]) @ unit(bank).T
     if test is train:  # without test images: each would be its own neighbour
@@ -383,13 +396,13 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
         colour = "white" if label is None else "firebrick"
         frames.append(["white", "white", *("seagreen" if right else colour for right in same)])
     save_picture(path, rows, frames)
-    print(f"wrote {path}")
+    print0(f"wrote {path}")
 
 
 # ------------------------------------------------------------------------------------------------
 # Flags
 
-OURS = ["checkpoint.pt", "metrics.jsonl", "views.png", "neighbors.png"]
+OURS = ["metrics.jsonl", "views.png", "neighbors.png"]
 # What a checkpoint determines: another value would feed the network images that it does not know.
 FIXED = ("arch", "stem", "width", "mean", "std")
 TRAINING = ["--epochs", "--base-lr", "--batch-size", "--official", "--crop-min", "--save"]
@@ -398,7 +411,8 @@ IGNORED = {  # flags that a task does not look at
     "linear": ["--k", "--temperature"],
     "finetune": ["--k", "--temperature", "--official"],
     "neighbors": TRAINING + ["--k", "--temperature", "--json"],
-    "predict": TRAINING + ["--k", "--temperature", "--json", "--data", "--labels-per-class", "--features"],
+    "predict": TRAINING + ["--k", "--temperature", "--json", "--data", "--labels-per-class", "--features"]
+    + ["--holdout", "--seed", "--image-size", "--recipe", "--untrained"],
 }
 
 
@@ -443,11 +457,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     args = parser.parse_intermixed_args(words)
     content: dict[str, Any] = {}
     if args.checkpoint not in ("random", "pixels"):
-        if os.path.isdir(args.checkpoint):  # a run's
-            words = list(words)
-            words[words.index(args.checkpoint)] += "/checkpoint.pt"
-            args = parser.parse_intermixed_args(words)
-        content = read_checkpoint(Path(args.checkpoint))
+        content = read_checkpoint(path_of(args.checkpoint))
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
     if not isinstance(saved, dict):
         fail(f"{args.checkpoint} is not a checkpoint of train.py or the authors' code")
@@ -463,9 +473,14 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     trained = to_flags(saved, kept)
     args = parser.parse_intermixed_args([*trained, *official, *words])
     args.data = data
+    args.checkpoint = str(path_of(args.checkpoint))
     args.untrained |= args.checkpoint == "random"
     check_args(args, saved, {word.split("=")[0] for word in words})
     return args, content
+
+
+def path_of(checkpoint: str) -> Path:
+    return Path(checkpoint, "checkpoint.pt") if os.path.isdir(checkpoint) else Path(checkpoint)
 
 
 def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str]) -> None:
@@ -483,29 +498,37 @@ def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str])
             fail(f"{flag} changes nothing in {args.task}: leave it out")
     if "--crop-min" in given and args.task != "finetune" and not args.official:
         fail("--crop-min changes nothing without crops: add --official, or leave it out")
+    if args.data == ARRAYS:
+        fail("the images came from a program: write them into a .npz file, and add --data FILE.npz")
+    if "--recipe" in given and saved:
+        fail(f"--recipe {args.recipe}, but the checkpoint has one: leave the flag out")
     if bool(args.pictures) != (args.task in ("predict", "neighbors")):
         fail("PICTURE is for predict and neighbors, which need one or more")
-    if args.task == "predict" and args.untrained:
-        fail("predict needs a classifier that was saved: name its file")
-    if args.save and args.task not in ("linear", "finetune"):
-        fail("--save is for linear or finetune: name one of them")
-    outputs = [path for path in (args.save, args.features) if path]
-    for path in outputs:
-        parent = Path(path).absolute().parent
-        if os.path.lexists(path) or Path(path).name in OURS or len(set(outputs)) < len(outputs):
-            fail(f"{path} exists already, or is the name of another file of ours: name a new file")
-        if not os.access(parent, os.W_OK):
-            fail(f"{parent} is no folder, or can't be written to: name a file in another one")
-    if args.json:
-        try:
-            with open(args.json, "a+b") as file:
-                file.seek(0)
-                if file.read(1) not in (b"", b"{"):
-                    fail(f"--json {args.json} is no file of JSON lines: name another one")
-        except OSError as error:
-            fail(f"--json {args.json} can't be written ({error.strerror}): name another file")
+    if args.save and (args.task not in ("linear", "finetune") or args.checkpoint == "pixels"):
+        fail("--save is for linear or finetune of a network: name one of them")
+    check_outputs(args)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fail("eval.py runs in one process: start it without torchrun")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Stops where a file could not be written at the end, or would take the place of another."""
+    outputs = {"--save": args.save, "--features": args.features, "--json": args.json}
+    outputs = {flag: Path(path).absolute() for flag, path in outputs.items() if path is not None}
+    for flag, path in outputs.items():
+        if path.name in OURS or path.name.startswith("checkpoint"):
+            fail(f"{flag} {path} is the name of a file of train.py: choose another name")
+        if [other.resolve() for other in outputs.values()].count(path.resolve()) > 1:
+            fail(f"{flag} {path} is also another output: choose another name")
+        if flag != "--json" and os.path.lexists(path):
+            fail(f"{flag} {path} exists already: name a new file")
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            fail(f"{flag} {path} can't be written: name a file in a folder that can")
+    if args.json and os.path.exists(args.json):
+        with open(args.json, "rb") as file:
+            content = file.read()
+        if content and (content[:1] != b"{" or content[-1:] != b"\n"):
+            fail(f"--json {args.json} is no file of JSON lines: name another one")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the CPU, on every machine; set it to 0 to try a GPU
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -787,6 +790,14 @@ def test_a_near_miss_is_answered_with_the_right_name(flag, meant, capsys):
         assert "no cuda device was found: choose cpu" in fails(["--device", "cuda"], capsys)
 
 
+def test_an_empty_channel_is_no_division_by_zero(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "photos" / f"{i}.png", [30 * i, 200 - 10 * i, 0])
+    train.main([str(tmp_path / "photos"), *FOLDER, "--recipe", "small", "--out", "run"])
+    assert torch.load("run/checkpoint.pt", weights_only=True)["args"]["std"][2] == 1e-3
+    train.main(["--resume", "--out", "run"])
+
+
 def test_mean_and_std_of_files_are_those_of_their_centres(tmp_path, from_files):
     images, test = load_folder(write_folder(tmp_path / "photos"), "--recipe", "small")
     pixels = images[None, torch.arange(len(images))][0].double().div(255).transpose(0, 1).flatten(1)
@@ -946,10 +957,16 @@ def test_a_npz_file_in_the_form_of_medmnist_is_a_data_set(capsys):
     assert rows("runs/half.npz")[0]["knn"] is None
     np.savez("many.npz", **arrays_of(train_labels=np.zeros((40, 14))))
     assert train.load_data(args_of("many.npz"))[0].labels is None
-    assert "train_labels has 14 an image: not used" in capsys.readouterr().err
+    assert "several labels for each image: not used" in capsys.readouterr().err
+    np.savez("odd.npz", **arrays_of(train_labels=np.arange(40, dtype=">i4"), train_lables=np.zeros(1)))
+    assert train.load_data(args_of("odd.npz"))[0].labels.tolist() == [*range(40)]
+    assert "not used: train_lables" in capsys.readouterr().err
     for wrong, word in (
-        (dict(train_labels=np.zeros(39)), "39 for 40"), (dict(train_images=np.zeros((40, 8, 8))), "float64"),
-        (dict(train_images=np.zeros((4, 8, 8, 8), np.uint8)), "(4, 8, 8, 8)"),
+        (dict(train_labels=np.zeros(39)), "40 whole numbers"), (dict(train_images=np.zeros((40, 8, 8))), "float64"),
+        (dict(train_images=np.zeros((4, 8, 8, 8), np.uint8)), "(4, 8, 8, 8)"), (dict(train_labels=np.array(3)), "()"),
+        (dict(train_labels=np.arange(40) / 2), "whole numbers"), (dict(train_labels=np.array(["a"] * 40)), "train_labels"),
+        (dict(train_labels=np.full(40, np.nan)), "whole numbers"), (dict(train_images=np.zeros((40, 0, 8), np.uint8)), "(40, "),
+        (dict(test_images=np.zeros((0, 8, 8), np.uint8)), "test_images"),
     ):  # fmt: skip
         np.savez("wrong.npz", **arrays_of(**wrong))
         assert word in fails(["wrong.npz"], capsys)
@@ -968,7 +985,11 @@ def test_a_program_can_bring_its_own_tensors(capsys):
     assert same(weights("whole/checkpoint.pt"), weights("half/checkpoint.pt"))
     train.main(["--resume", "--out", "whole"], mine)
     assert "already finished" in capsys.readouterr().out
-    assert train.main.__doc__.count("arrays") and "called 'arrays'" in fails(["--resume", "--out", "whole"], capsys)
+    assert "--data FILE.npz" in fails(["whole"], capsys, evaluation.main)
+    flipped = dict(train_images=mine["train_images"].flip(3))  # as many, but others
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", "whole"], flipped)
+    assert "other images" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1018,14 +1039,18 @@ def reds(images):
     return sorted(images[None, torch.arange(len(images))][0][:, 0, 0, 0].tolist())
 
 
-@pytest.mark.parametrize("partner", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("partner", ["val", "valid", "validation", "test", "testing", "Test"])
 def test_the_images_beside_train_are_tested_on_and_never_trained_on(partner, tmp_path, capsys):
     root = fill(tmp_path / "photos", "train/cat", "train/dog", f"{partner}/cat", f"{partner}/dog", "notes")
     images, test = load_folder(root)
     assert reds(images) == [0, 1, 10, 11] and reds(test) == [20, 21, 30, 31] and images.classes == ["cat", "dog"]
-    assert f"trains on train/, tests on {partner}/" in capsys.readouterr().out
+    assert f"train, tests on {partner}/; 2 classes: cat, dog" in capsys.readouterr().out
     fill(tmp_path / "photos", "val/cat")  # the test images of a data set with both stay for the end
     assert len(load_folder(root)[1]) == (4 if partner == "val" else 2)
+    (root / "train").rename(root / "Training")
+    assert reds(load_folder(root)[0]) == [0, 1, 10, 11]
+    (root / "Training").rename(root / "other")
+    assert "no" in (line := fails([root, *FOLDER], capsys)) and line.endswith("train to train on")
 
 
 def test_classes_without_a_split_are_labels_for_holdout(tmp_path, capsys):
@@ -1037,11 +1062,12 @@ def test_classes_without_a_split_are_labels_for_holdout(tmp_path, capsys):
         assert len(images) == 36 and len(test) == 4 == len(test.labels) == len(test.files)
         for part in (images, test):
             assert [Path(file).parent.name for file in part.files] == [part.classes[i] for i in part.labels]
-        assert ("has no val/, valid/, validation/, test/" in capsys.readouterr().out) == bool(prefix)
+        assert "has nothing to test on; 2 classes: cat, dog" in capsys.readouterr().out
     root = fill(tmp_path / "loose", "train", "val")  # an unlabelled train/
     assert reds(load_folder(root)[0]) == [0, 1] and load_folder(root)[1] is None
     root = fill(tmp_path / "mixed", ".", "album")
     assert load_folder(root)[0].labels is None
+    assert "mixed/1.png is in no class folder" in capsys.readouterr().out
     root = fill(tmp_path / "half", "train/cat", "val")
     assert "val/1.png is in no class folder" in fails([root, *FOLDER], capsys)
 
@@ -1066,6 +1092,9 @@ def test_pictures_of_one_size_are_decoded_once_and_train_as_an_array_does(tmp_pa
     assert not images.in_memory and images.source == images.files and len(images) == 13 and test.in_memory
     monkeypatch.setattr(train, "IN_MEMORY", 12 * 3 * 40 * 36 - 1)  # a byte too few
     assert not load_folder(root)[1].in_memory
+    monkeypatch.undo()
+    write_image(tmp_path / "large" / "1.png", torch.zeros(3, 128, 129, dtype=torch.uint8))
+    assert not load_folder(tmp_path / "large")[0].in_memory  # of large ones, workers cut crops faster
 
 
 def test_the_ranks_share_the_decoding(tmp_path, monkeypatch):
@@ -1433,6 +1462,9 @@ def test_copies_of_the_checkpoint_stay(small_textures, capsys):
 def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, capsys):
     flags = "--epochs 4 --keep-best --knn-every 1 --out run".split()
     assert "--holdout" in fails([*SMALL, *flags], capsys)
+    write_folder(Path("plain"), per_class=20, parts=["."])
+    write_image(Path("plain/loose.png"), [1, 2, 3])
+    assert "has no labels for it" in fails(["plain", *FOLDER, *flags, "--holdout", "--out", "plain-run"], capsys)
     train.main([*SMALL, *flags, "--holdout"])
     knn = [row["knn"] for row in rows("run")]
     best = torch.load("run/checkpoint-best.pt", weights_only=True)
@@ -1805,9 +1837,9 @@ def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(flags, small_tex
     images, test = train.load_data(args)
     args.mean, args.std = images.mean, images.std
     crops = torch.zeros(args.batch_size * args.pairs, 2, 3, 32, 32, dtype=torch.uint8)  # of files
+    t = train.Trainer(args, images, META)
     for part in (images, test):
         part.move_to(META)
-    t = train.Trainer(args, images, META)
     for batch, indices in first(t, 2):
         with Transfers() as transfers:
             t.update(batch, indices)
@@ -2175,10 +2207,10 @@ def test_features_are_written_for_whatever_comes_next_and_over_no_file(pretraine
     assert "exists already" in fails([pretrained, "knn", "--features", "features.pt"], capsys, evaluation.main)
     with pytest.raises(SystemExit):  # it came up in the meantime
         evaluation.write_new("features.pt", {})
-    Path("run/metrics.jsonl").unlink()  # the folder of something else: its picture stays
-    Path("run/neighbors.png").write_text("mine")
+    Path("run/metrics.jsonl").unlink()  # the folder of something else: no picture
+    Path("run/neighbors.png").unlink()
     evaluation.main([pretrained, "knn"])
-    assert Path("run/neighbors.png").read_text() == "mine"
+    assert not Path("run/neighbors.png").exists()
 
 
 def test_the_authors_files_are_read(tmp_path, capsys):
@@ -2266,7 +2298,7 @@ def test_a_saved_classifier_names_pictures_as_it_did_the_test_images(task, pretr
     for file, x in zip(files, test.source):
         v2.functional.to_pil_image(x).save(file)
     evaluation.main(["classifier.pt", "predict", *files])
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()[1:]]
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
     assert [line[0] for line in lines] == files and all(0 < float(line[2][:-1]) <= 100 for line in lines)
     right = sum(train.PATTERNS[label] == line[1] for label, line in zip(test.labels, lines))
     assert (right, 200) == correct(out, task.split()[0])
@@ -2291,11 +2323,21 @@ def test_the_probability_of_a_class_is_the_softmax_of_the_head(pretrained, capsy
     capsys.readouterr()
     evaluation.main(["classifier.pt", "predict", "pictures"])  # a folder: all below it
     for i, line in enumerate(capsys.readouterr().out.splitlines()[1:]):
-        path, name, percent = line.split("  ")
+        path, name, percent = line.split("\t")
         assert path == f"pictures/{i}.png" and name == train.PATTERNS[label[i]]
         assert float(percent[:-1]) == pytest.approx(100 * p[i].item(), abs=0.11)
     assert "holds no classifier" in fails([pretrained, "predict", "pictures"], capsys, evaluation.main)
-    assert "can't be read" in fails(["classifier.pt", "predict", "none.png"], capsys, evaluation.main, status=1)
+    assert "no picture can be read" in fails(["classifier.pt", "predict", "none.png"], capsys, evaluation.main)
+    os.mkfifo("pipe.png")  # would never end
+    evaluation.main(["classifier.pt", "predict", "none.png", "pictures/0.png", "pipe.png"])
+    told = capsys.readouterr()
+    assert told.out.splitlines()[1].startswith("pictures/0.png\t") and told.err.count("can't be read") == 2
+    for part, broken in (
+        ("head", dict(head, **{"1.weight": torch.zeros(10, 15)})), ("head", dict(head, **{"1.bias": torch.full([10], math.nan)})),
+        ("classes", ["cat"]), ("head", {}), ("args", {name: saved["args"][name] for name in ("arch", "width", "data", "mean")}),
+    ):  # fmt: skip
+        torch.save(saved | {part: broken}, "broken.pt")
+        assert "holds no classifier" in fails(["broken.pt", "predict", "pictures"], capsys, evaluation.main)
 
 
 def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
@@ -2315,6 +2357,9 @@ def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
     best = (x @ x[9]).topk(5).indices
     assert [line.split()[1] for line in nearest] == [written["train"]["files"][i] for i in best]
     assert "has no labels" in fails(["run", "knn"], capsys, evaluation.main)
+    assert "has no labels" in fails(["run", "--labels-per-class", "3"], capsys, evaluation.main)
+    evaluation.main(["pixels", "neighbors", str(root / "dog/3.png"), "--data", str(root), "--recipe", "small"])
+    assert "1.000" in capsys.readouterr().out  # with the mean and std of the training images
 
 
 def test_fine_tuned_features_are_those_of_the_tuned_network(pretrained):
@@ -2340,12 +2385,22 @@ def test_where_results_go_is_checked_before_the_work(pretrained, capsys, monkeyp
     monkeypatch.setattr(evaluation.os, "access", lambda path, mode: Path(path).is_dir() and Path(path).name != "locked")
     for words in (
         "linear --save taken.pt", "linear --features taken.pt", "linear --save run/neighbors.png",
-        "linear --save one.pt --features one.pt", "linear --save locked/one.pt", "linear --save no/where.pt",
+        "linear --save one.pt --features ./one.pt", "linear --save one.pt --json one.pt", "linear --json run/metrics.jsonl",
+        "linear --save run/checkpoint-best.pt", "linear --save locked/one.pt", "linear --save no/where.pt",
         "linear --save run", "linear --json no/where", "knn --save one.pt", "--save one.pt", "predict", "linear a.png",
         "predict a.png --untrained", "neighbors",
     ):  # fmt: skip
         fails(["run", *words.split()], capsys, evaluation.main)
     assert Path("taken.pt").read_text() == "mine"
+
+
+def test_names_that_the_terminal_cannot_show_cost_no_result(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "photos", classes=("caf\udce9", "\u732b"))
+    train.main([str(root), *FOLDER, "--out", "run"])
+    for encoding in ("utf-8:strict", "cp1252"):
+        words = ["run", "finetune", "--epochs", 1, "--workers", 0, "--save", f"{encoding[:2]}.pt"]
+        out = command(HERE / "eval.py", *words, env=ENV | {"PYTHONIOENCODING": encoding}, text=False).stdout
+        assert b"caf\\udce9" in out and b"top-1" in out
 
 
 def test_ctrl_c_ends_an_evaluation_in_one_line(pretrained, capsys, monkeypatch):
@@ -2404,7 +2459,7 @@ def test_some_mistakes_are_told_in_these_words(capsys, monkeypatch):
     for name in ("train/cat/1.png", "train/2.png"):
         write_image(Path("looseimages", name), [9, 9, 9])
     assert "train/2.png is in no class folder" in fails(["looseimages"], capsys)
-    assert "DATA or --out is empty" in fails(["", *TINY], capsys)
+    assert "DATA, --out or --init is empty" in fails(["", *TINY], capsys)
     Path("link").symlink_to("nowhere")
     assert "no folder" in fails([*TINY, "--out", "link"], capsys)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
@@ -2471,13 +2526,16 @@ def test_a_resumed_run_keeps_its_recipe_and_says_both_values(small_textures, cap
     assert "not there" in fails(["--resume", "--out", "run"], capsys)
 
 
-def test_resume_takes_the_latest_run(small_textures):
+def test_resume_takes_the_latest_run_of_those_images(small_textures):
     for out in ("runs/textures", "runs/textures-2"):
         train.main([*SMALL, "--epochs", "1", "--out", out])
     os.utime("runs/textures/checkpoint.pt", (0, 0))
     assert args_of("--resume").out == args_of("textures", "--resume").out == "runs/textures-2"
     os.utime("runs/textures-2/checkpoint.pt", (-9, -9))
     assert args_of("--resume").out == "runs/textures"
+    assert args_of("cifar10", "--resume").out == "runs/cifar10"  # begins
+    Path("text").mkdir()
+    assert args_of("text", "--resume").out == "runs/text"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2627,7 +2685,7 @@ def test_a_folder_may_move_but_not_change_before_a_resume(tmp_path, capsys):
     moved = photos.rename(tmp_path / "moved")
     train.main([str(moved), "--resume", "--out", "run"])
     (moved / "cat/0.jpg").rename(moved / "dog/9.jpg")  # as many as before, in another order
-    assert "images of other names" in fails([str(moved), "--resume", "--out", "run"], capsys)
+    assert "12 images, and now 12, or other images" in fails([str(moved), "--resume", "--out", "run"], capsys)
     (moved / "dog/9.jpg").unlink()
     assert "12 images, and now 11" in fails([str(moved), "--resume", "--out", "run"], capsys)
 

@@ -187,7 +187,7 @@ class Trainer:
         try:
             count, names = state["data"]
             if [count, names] != self.fingerprint:
-                other = f"{self.fingerprint[0]}, or images of other names: restore them, or start anew"
+                other = f"{self.fingerprint[0]}, or other images: restore them, or start anew"
                 fail(f"--resume: {self.args.data} had {count} images, and now {other}")
             self.model.load_state_dict(state["model"])
             self.targets.load_state_dict(state["targets"])
@@ -260,17 +260,19 @@ def pretrain(
         fail(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
     args.mean = images.mean  # of the training images, if no flag said other ones
     args.std = images.std
-    device = torch.device(args.device)
-    for part in (images, test):
-        if part:
-            part.move_to(device)
-    trainer = Trainer(args, images, device)
+    has_knn = test is not None and test.labels is not None
+    if args.keep_best and not has_knn:
+        fail(f"--keep-best needs kNN, and {args.data} has no labels for it: leave it out")
+    trainer = Trainer(args, images, torch.device(args.device))
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     elif args.init:
         load_init(trainer.model, args.init)
+    for part in (images, test):
+        if part:
+            part.move_to(trainer.device)
     check_memory(trainer)
-    introduce(trainer, has_knn=test is not None and test.labels is not None)
+    introduce(trainer, has_knn)
     begin(trainer, test)
 
     with noted_signals() as noted:
@@ -309,7 +311,10 @@ def pretrain(
             save(trainer)
         if stop:
             leave(trainer, stop)
-    print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: python eval.py {args.out}")
+    following = shlex.join(["python", "eval.py", args.out])
+    if args.data == ARRAYS:
+        following += " --data FILE.npz"
+    print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: {following}")
 
 
 def leave(trainer: Trainer, stop: int) -> NoReturn:
@@ -485,8 +490,8 @@ class Targets(nn.Module):
 
 ARRAYS = "arrays"  # DATA's name where a program brings its own
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]  # whatever a file's name, no other decoder sees it
-PARTNERS = ["val", "valid", "validation", "test"]  # of train/
-IN_MEMORY = 2**29  # bytes of pictures of one size that are kept decoded; CIFAR-10 has 0.3 * 2**29
+PARTNERS = ["val", "valid", "validation", "test", "testing"]  # of train/
+IN_MEMORY = 2**29  # bytes of small pictures of one size that are kept decoded; CIFAR-10 has 0.3 * 2**29
 Part = tuple[Tensor | list[str], Tensor | None, list[str]]  # source, labels and files of Images
 
 
@@ -551,7 +556,9 @@ class Images(torch.utils.data.Dataset):
             self.source = self.source.to(device)
 
     def fingerprint(self) -> list[int]:
-        """How many images, and a hash of the files' names: to notice at a resume that they have changed."""
+        """How many images, and a hash of them or of their files' names: a resume notices a change."""
+        if self.in_memory and not self.files:
+            return [len(self), zlib.crc32(self.source.cpu().numpy())]
         names = [file.removeprefix(self.root).replace(os.sep, "/") for file in self.files]
         return [len(self), seed_of(names)]
 
@@ -575,7 +582,7 @@ def load_data(
     args: argparse.Namespace, arrays: dict[str, Any] | None = None
 ) -> tuple[Images, Images | None]:
     """Training and test images of args.data, or of `arrays` (see `from_arrays`). No test images: None."""
-    if arrays is None and args.data.endswith(".npz"):
+    if arrays is None and is_npz(args.data):
         arrays = read_npz(args.data)
     classes: Sequence[str] = ()
     if arrays is not None:
@@ -613,45 +620,58 @@ def load_data(
         for part in (images, test):
             if part:
                 part.mean = [mean.item() for _, mean in stats]
-                part.std = [std.item() for std, _ in stats]
+                part.std = [max(std.item(), 1e-3) for std, _ in stats]  # a channel may be empty
     return images, test
 
 
 def from_arrays(arrays: dict[str, Any], holdout: bool) -> list[Part]:
     """train_images, train_labels, test_images, test_labels: arrays or tensors, as in the files of MedMNIST.
 
-    Images are uint8: (N, H, W), (N, H, W, 3) or (N, 3, H, W). Labels, (N,) or (N, 1), may be missing, and so
-    may the test images. With holdout, val_images and val_labels, if they are there, are the test images.
+    Images are uint8: (N, H, W), (N, H, W, 3) or (N, 3, H, W). Labels, whole numbers (N,) or (N, 1), may be
+    missing, and so may the test images. With holdout, val_images and val_labels, if they are there, are the
+    test images.
     """
-    names = ["train", "val" if holdout and "val_images" in arrays else "test"]
+    known = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
+    if unknown := sorted(map(str, set(arrays) - set(known))):
+        print0(f"warning: not used: {', '.join(unknown)}; known: {', '.join(known)}", sys.stderr)
+    test = "val" if holdout and "val_images" in arrays else "test"
     parts = []
-    for name in names:
-        if f"{name}_images" not in arrays and parts:
-            continue
-        images = to_rgb(arrays.get(f"{name}_images"), f"{name}_images")
-        labels = arrays.get(f"{name}_labels")
-        if labels is not None:
-            labels = torch.as_tensor(labels).long().reshape(len(labels), -1)
-            if len(labels) != len(images):
-                fail(f"{name}_labels: {len(labels)} for {len(images)} images")
-            if labels.shape[1] > 1:
-                print0(f"warning: {name}_labels has {labels.shape[1]} an image: not used", sys.stderr)
-            labels = labels[:, 0] if labels.shape[1] == 1 else None
+    for name in ("train", test) if f"{test}_images" in arrays else ("train",):
+        try:
+            images = to_rgb(arrays[f"{name}_images"])
+            labels = to_labels(arrays[f"{name}_labels"], len(images)) if f"{name}_labels" in arrays else None
+        except Exception as error:  # whatever a value may be
+            fail(f"{name}_images or {name}_labels can't be used ({type(error).__name__}: {error})")
         parts.append((images, labels, []))
     return parts
 
 
-def to_rgb(array: Any, name: str) -> Tensor:
-    """(N, 3, H, W) uint8 of gray or RGB images, with the channels last or first or none."""
-    images = torch.as_tensor(array) if array is not None else torch.empty(0)
+def to_rgb(array: Any) -> Tensor:
+    """(N, 3, H, W) uint8 of gray or RGB images, the channels last, first or none. Raises ValueError."""
+    images = torch.from_numpy(np.ascontiguousarray(array))
     if images.ndim == 3:
         images = images.unsqueeze(1)
     elif images.ndim == 4 and images.shape[-1] in (1, 3):
         images = images.movedim(-1, 1)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        found = f"{images.dtype} {tuple(images.shape)}" if array is not None else "nothing"
-        fail(f"{name}: uint8 images (N, H, W) or (N, H, W, 3) are needed, and here is {found}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images are uint8, (N, H, W) or (N, H, W, 3), and not {found}")
     return images.expand(-1, 3, -1, -1).contiguous()
+
+
+def to_labels(array: Any, n: int) -> Tensor | None:
+    """(n,) of whole numbers (n,) or (n, 1). Of several for each image, None. Raises ValueError."""
+    labels = np.asarray(array)
+    if labels.ndim not in (1, 2) or len(labels) != n or (labels != np.floor(labels)).any():
+        raise ValueError(f"labels are {n} whole numbers, and not {labels.dtype} {labels.shape}")
+    if labels.size != n:
+        print0("warning: several labels for each image: not used", sys.stderr)
+        return None
+    return torch.from_numpy(labels.reshape(n).astype("int64"))
+
+
+def is_npz(data: str) -> bool:
+    return data.lower().endswith(".npz") and not os.path.isdir(data)
 
 
 def read_npz(path: str) -> dict[str, Any]:
@@ -730,34 +750,37 @@ def load_torchvision(name: str, root: str) -> tuple[list[Part], list[str]]:
         fail(f"{name} can't be read or downloaded ({error}): put {archive} into --data-dir {root}")
     if first:
         over_ranks(torch.zeros(1))
-    return [(to_rgb(part.data, name), torch.as_tensor(part.targets), []) for part in parts], parts[0].classes
+    return [(to_rgb(part.data), torch.as_tensor(part.targets), []) for part in parts], parts[0].classes
 
 
 def load_folder(root: Path) -> tuple[list[Part], list[str]]:
     """Training images and, if there are any, test images below root; and the classes.
 
-    Training images are those of root/train/, test images those of the first of val/, valid/, validation/ and
-    test/. Without train/, all below root are training images. The folders in there are the classes, unless
-    some image lies outside of them: then there are no labels. All files are read once before the training
-    starts. Those that can't be are named, and left out.
+    Training images are those of root/train/, test images those of the first of val/, valid/, validation/,
+    test/ and testing/. Without any of these, all below root are training images. The folders in there are
+    the classes, unless some image lies outside of them: then there are no labels. All files are read once
+    before the training starts. Those that can't be are named, and left out.
     """
     if not root.is_dir():
-        fail(f"no data set and no folder is called {str(root)!r}: choose {', '.join(DATASETS)}, or a folder")
-    parts = [root]
-    if (root / "train").is_dir():
-        partners = [root / name for name in PARTNERS if (root / name).is_dir()]
-        parts = [root / "train", *partners[:1]]
-        tests = f"tests on {parts[1].name}/" if partners else f"has no {'/, '.join(PARTNERS)}/ to test on"
-        print0(f"{root}: trains on train/, {tests}")
+        kinds = f"{', '.join(DATASETS)}, a folder, or a .npz file"
+        fail(f"no data set and no folder is called {str(root)!r}: choose {kinds}")
+    inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    training = [inside[name] for name in ("train", "training") if name in inside][:1]
+    testing = [inside[name] for name in PARTNERS if name in inside][:1]
+    if testing and not training:
+        fail(f"{testing[0]} is for test images, and there is no {root}/train to train on")
 
-    found = [find_images(parts[0])]
-    names = [class_folders(found[0][1], parts[0])]
+    first = training[0] if training else root
+    source, files = find_images(first)
+    names = [class_folders(files, first)]
     if "" in names[0]:
-        if parts[0] != root and any(names[0]):
-            loose = found[0][1][names[0].index("")]
+        loose = files[names[0].index("")]
+        if training and any(names[0]):
             fail(f"{loose} is in no class folder, and others are: move it into one")
-        return [(found[0][0], None, found[0][1])], []
-    for part in parts[1:]:
+        print0(f"{first}: no labels, for {loose} is in no class folder")
+        return [(source, None, files)], []
+    found = [(source, files)]
+    for part in testing:
         found.append(find_images(part))
         names.append(class_folders(found[1][1], part))
         if "" in names[1]:
@@ -766,6 +789,9 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
             few = ", ".join(differing[:5])
             print0(f"warning: only one of train/ and {part.name}/ has images of {few}", sys.stderr)
     classes = sorted({name for column in names for name in column})  # one numbering for both
+    tests = f"tests on {testing[0].name}/" if testing else "has nothing to test on"
+    few = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+    print0(f"trains on {first}, {tests}; {len(classes)} classes: {few}")
     number = {name: label for label, name in enumerate(classes)}
     labels = [torch.tensor([number[name] for name in column]) for column in names]
     return [(source, own, files) for (source, files), own in zip(found, labels)], classes
@@ -780,8 +806,8 @@ def class_folders(files: list[str], part: Path) -> list[str]:
 def find_images(part: Path) -> tuple[Tensor | list[str], list[str]]:
     """The readable images below a folder, links followed, hidden ones left out; and their file names.
 
-    Pictures of one size that fit in memory are kept as uint8 (N, 3, H, W), of others only the names. Ranks
-    share the reading.
+    Small pictures of one size that fit in memory are kept as uint8 (N, 3, H, W), of others only the names.
+    Ranks share the reading.
     """
     extensions = torchvision.datasets.folder.IMG_EXTENSIONS
     files = []
@@ -807,7 +833,7 @@ def find_images(part: Path) -> tuple[Tensor | list[str], list[str]]:
 
     # One bad file among a million would end the training hours later; to look at all of them takes minutes.
     rank, world = rank_and_world()
-    limit = IN_MEMORY // max(len(files), 1)
+    limit = min(IN_MEMORY // max(len(files), 1), 3 * 128 * 128)  # of larger ones, workers cut crops faster
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         read = list(pool.map(lambda file: try_reading(file, limit), files[rank::world]))
     fine = torch.zeros(len(files), dtype=torch.uint8)
@@ -931,7 +957,7 @@ MAY_CHANGE = ["data_dir", "knn_every", "save_every", "keep_every", "keep_best", 
 
 
 def recipe_of(data: str, recipe: str | None) -> dict[str, Any]:
-    usual = "small" if data.endswith(".npz") or data == ARRAYS else "imagenet"
+    usual = "small" if is_npz(data) or data == ARRAYS else "imagenet"
     return RECIPES[recipe or (data if data in DATASETS else usual)]
 
 
@@ -951,7 +977,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--recipe", choices=[*RECIPES], help=usual)
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
     flag("--resume", action="store_true", help="go on with the run in --out, or the latest; else begin it")
-    flag("--init", metavar="CHECKPOINT", help="begin with the weights of another run")
+    flag("--init", metavar="CHECKPOINT", help="begin with the weights of another run, a folder or file")
     # model
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, or a ResNet of torchvision by name")
     flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
@@ -1046,14 +1072,18 @@ def in_range(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+def get_args(
+    argv: list[str] | None, arrays: bool = False
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Checked arguments, and the checkpoint to go on from or None. Flags over checkpoint over recipe."""
     words = sys.argv[1:] if argv is None else argv
+    if arrays:
+        words = [ARRAYS, *words]
     parser = build_parser()
     # First as typed, for that says where the run is; then once more, over what its checkpoint says.
     args = parser.parse_args(words)
-    if "" in (args.data, args.out):
-        fail("DATA or --out is empty: name a data set or a folder")
+    if "" in (args.data, args.out, args.init):
+        fail("DATA, --out or --init is empty: name one, or leave it out")
     if args.data in RECIPES.keys() - set(DATASETS) and not os.path.exists(args.data):
         fail(f"{args.data} is a recipe: name a folder, and add --recipe {args.data}")
     out = choose_out(args.data, args.out, args.resume)
@@ -1070,7 +1100,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
     saved = checkpoint["args"] if checkpoint else {}
     data = (args.data or str(saved.get("data", "textures"))).replace("\0", "?")
-    if data not in [*DATASETS, ARRAYS]:
+    if data not in DATASETS and not arrays:
         data = os.path.realpath(data)  # to be found again from another folder
     parser.set_defaults(**recipe_of(data, args.recipe))
     # What was saved comes first on the command line, and what was typed behind it: the last one counts.
@@ -1177,7 +1207,8 @@ def rank_and_world() -> tuple[int, int]:
 def print0(message: str, file: Any = None, end: str = "\n") -> None:
     """Prints once, however many processes there are."""
     if rank_and_world()[0] == 0:
-        message = message.encode(errors="backslashreplace").decode()  # file names may be any bytes
+        encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"  # file names may be any bytes
+        message = message.encode(encoding, errors="backslashreplace").decode(encoding)
         with contextlib.suppress(OSError, ValueError):  # a closed terminal or pipe does not end a training
             print(message, file=file, end=end, flush=True)
 
@@ -1220,12 +1251,14 @@ def over_ranks(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
 
 
 def choose_out(data: str | None, out: str | None, resume: bool) -> Path:
-    """--out; else with --resume the latest run, and without the next free of runs/DATA, runs/DATA-2, ..."""
+    """--out; else with --resume the latest run of DATA or at all, without the next free runs/DATA-2, ..."""
     if out is None:
+        name = Path(data or "textures").resolve().name or "data"
         runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if data:
+            runs = [path for path in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", path.parent.name)]
         if resume and runs:
             return runs[-1].parent
-        name = Path(data or "textures").resolve().name or "data"
         names = (f"{name}-{i}" if i > 1 else name for i in itertools.count(1))
         return next(Path("runs", name) for name in names if not Path("runs", name).exists())
     if os.path.lexists(out) and not Path(out).is_dir():
@@ -1295,8 +1328,9 @@ def is_best(history: list[dict[str, Any]]) -> bool:
 
 def load_init(model: SimSiam, path: str) -> None:
     """--init: all weights of another run, to begin with."""
+    file = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     try:
-        model.load_state_dict(read_checkpoint(Path(path))["model"])
+        model.load_state_dict(read_checkpoint(file)["model"])
     except Exception as error:  # whatever a file of the right form may hold
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
         fail(f"--init {path} does not fit these flags ({reason}): give the network's as they were there")
@@ -1509,11 +1543,10 @@ def main(argv: list[str] | None = None, arrays: dict[str, Any] | None = None) ->
     arrays: your own images instead of DATA, for example dict(train_images=x) with x uint8 (N, 3, H, W);
     labels and test images as in `from_arrays`.
     """
-    argv = sys.argv[1:] if argv is None else argv
     try:
         with one_line_errors():
             setup_distributed()
-            pretrain(*get_args(argv if arrays is None else [ARRAYS, *argv]), arrays)
+            pretrain(*get_args(argv, arrays is not None), arrays)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,19 +2,24 @@
 
     python .github/speed.py 40                                       # 40 steps of the `textures` recipe
     python .github/speed.py 4 --arch resnet18 --dim 2048 --hidden 2048 --batch-size 128
-    python .github/speed.py 40 --usual                               # the usual way; the faster of 0 and 2 workers counts
+    python .github/speed.py 40 --usual 0 2                           # the usual way, with 0 and with 2 workers
+    python .github/speed.py 40 --alone eager default reduce-overhead # the model's step on views made once: eager, and
+                                                                     # compiled without and with CUDA graphs
 
-After the number of steps come flags of train.py. A speed is a ratio: run the two in turns on one machine.
+Other words are flags of train.py. A speed is a ratio: run the two in turns on one machine.
 """
 
+import argparse
 import collections
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,7 +31,7 @@ WARM = 3  # steps that are not counted
 
 class TwoViews(Dataset):
     def __init__(self, images: train.Images) -> None:
-        self.images = [transforms.functional.to_pil_image(x) for x in images.source]
+        self.images = [transforms.functional.to_pil_image(x.cpu()) for x in images.source]
         self.augment = transforms.Compose([
             transforms.RandomResizedCrop(images.size, scale=(0.2, 1.0)),
             transforms.RandomHorizontalFlip(),
@@ -47,16 +52,56 @@ def usual(trainer: train.Trainer, steps: int, workers: int) -> None:
     batch = trainer.args.batch_size
     loader = DataLoader(TwoViews(trainer.images), batch, shuffle=True, drop_last=True, num_workers=workers)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    model = train.build_model(trainer.args)
+    model = train.build_model(trainer.args).to(trainer.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
     for step, (x1, x2) in enumerate(itertools.islice(batches, WARM + steps)):
         if step == WARM:
             began = time.perf_counter()
-        loss = simsiam_loss(*model(x1, x2))
+        loss = simsiam_loss(*model(x1.to(trainer.device), x2.to(trainer.device)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    float(loss)  # waits for a GPU
     print(f"the usual way, {workers} workers: {batch * steps / (time.perf_counter() - began):.1f} images/s")
+
+
+def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
+    """Forward, backward and optimizer on views that are there already: what no data path can be faster than."""
+    args = trainer.args
+    shape = (args.batch_size, 3, args.image_size, args.image_size)
+    x1, x2 = (torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    model = trainer.model if mode == "eager" else torch.compile(trainer.model, mode=mode)
+
+    def step() -> None:
+        with torch.autocast(args.device, trainer.amp, enabled=trainer.amp is not None):
+            outputs = model(x1, x2)
+        trainer.optimizer.zero_grad()
+        simsiam_loss(*outputs).backward()
+        trainer.optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        simsiam_loss(*trainer.model(x1[:4], x2[:4])).backward()
+    work = counter.get_total_flops() / 4 * args.batch_size
+    seconds = timed(step, steps)
+    a = torch.randn(4096 if args.device == "cuda" else 1024, 4096, device=args.device, dtype=trainer.amp or torch.float32)
+    product = 2 * a.shape[0] ** 2 * a.shape[1] / timed(lambda: a @ a.T, 20)
+    share = work / seconds / product
+    print(f"the step alone, {mode}: {args.batch_size / seconds:.1f} images/s, {share:.0%} of a matrix product's "
+          f"{product / 1e12:.2f} TFLOP/s")  # fmt: skip
+
+
+def timed(call: Callable[[], object], count: int) -> float:
+    """Seconds a call."""
+    for _ in range(WARM):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / count
 
 
 def parts(trainer: train.Trainer, steps: int) -> None:
@@ -97,28 +142,30 @@ def parts(trainer: train.Trainer, steps: int) -> None:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    is_usual = "--usual" in words
-    steps, *flags = [word for word in words if word != "--usual"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--usual", type=int, nargs="+", default=[], metavar="WORKERS")
+    parser.add_argument("--alone", nargs="+", default=[], metavar="MODE")
+    own, flags = parser.parse_known_args()
     args, _ = train.get_args([*flags, "--epochs", "1000000"])
     images, _ = train.load_data(args)
     args.mean, args.std = images.mean, images.std
     trainer = train.Trainer(args, images, torch.device(args.device))
+    images.move_to(trainer.device)
     trainer.model.train()
-    if is_usual:
-        for workers in (0, 2):
-            usual(trainer, int(steps), workers)
+    for workers in own.usual:
+        usual(trainer, own.steps, workers)
+    for mode in own.alone:
+        alone(trainer, own.steps, mode)
+    if own.usual or own.alone:
         return
-    for step, (batch, indices) in enumerate(itertools.islice(trainer.batches(), WARM + int(steps))):
-        if step == WARM:
-            began = time.perf_counter()
-        trainer.update(batch, indices)
-    float(trainer.sums[0])  # waits for a GPU
-    rate = args.batch_size * int(steps) / (time.perf_counter() - began)
-    memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if args.device == "cuda" else ""
-    print(f"{args.data}, {args.arch}, batch {args.batch_size}, {trainer.amp or torch.float32}: {rate:.1f} images/s{memory}")
+    batches = trainer.batches()
+    seconds = timed(lambda: trainer.update(*next(batches)), own.steps)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if args.device == "cuda" else ""
+    dtype = trainer.amp or torch.float32
+    print(f"{Path(args.data).name}, {args.arch}, batch {args.batch_size}, {dtype}: {args.batch_size / seconds:.1f} images/s{memory}")
     trainer.step = 0
-    parts(trainer, int(steps))
+    parts(trainer, own.steps)
 
 
 if __name__ == "__main__":
