@@ -1441,12 +1441,12 @@ def test_a_long_epoch_is_heard_of_in_a_log(capsys, monkeypatch):
     progress = train.Progress()
     for step in range(1, 1001):  # each takes a second, but the first twenty
         now[0] += 1 if step > 1 else 20
-        progress("epoch 1: step", step, 1000)
+        progress("epoch 1: step", 500 + step, 1500)  # resumed after 500
         if line := capsys.readouterr().out:
             said.append((step, line))
     assert [step for step, _ in said] == [2, 182, 362, 542, 722, 902]
-    assert said[0][1] == "epoch 1: step 2 of 1000, in all 0:16:40 \n"
-    assert len(said[1][1].splitlines()) == 1
+    assert said[0][1] == "epoch 1: step 502 of 1500, in all 0:25:00 \n"
+    assert all(len(line.splitlines()) == 1 for _, line in said)
 
 
 def test_copies_of_the_checkpoint_stay(small_textures, capsys):
@@ -1459,7 +1459,7 @@ def test_copies_of_the_checkpoint_stay(small_textures, capsys):
     assert "knn (k=200" in capsys.readouterr().out
 
 
-def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, capsys):
+def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, capsys, monkeypatch):
     flags = "--epochs 4 --keep-best --knn-every 1 --out run".split()
     assert "--holdout" in fails([*SMALL, *flags], capsys)
     write_folder(Path("plain"), per_class=20, parts=["."])
@@ -1469,8 +1469,12 @@ def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, caps
     knn = [row["knn"] for row in rows("run")]
     best = torch.load("run/checkpoint-best.pt", weights_only=True)
     assert len(best["history"]) == knn.index(max(knn)) + 1
-    history = [dict(knn=x) for x in (0.2, None, 0.4, 0.4, None, 0.3, 0.5)]
-    assert [train.is_best(history[:n]) for n in range(1, 8)] == [True, False, True, False, False, False, True]
+    saved, t = [], types.SimpleNamespace(args=args_of(*SMALL, *flags, "--holdout", "--out", "other"), history=[])
+    monkeypatch.setattr(train, "save", lambda t, name: saved.append(t.history[-1]["knn"]))
+    for knn in (0.2, None, 0.4, 0.4, None, 0.3, 0.5):
+        t.history.append(dict(knn=knn))
+        train.keep_copies(t, len(t.history))
+    assert saved == [0.2, 0.4, 0.5]
 
 
 def test_a_run_can_begin_with_the_weights_of_another(pretrained, capsys):

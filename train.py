@@ -255,24 +255,7 @@ def pretrain(
     args: argparse.Namespace, checkpoint: dict[str, Any] | None, arrays: dict[str, Any] | None = None
 ) -> None:
     """From wherever the checkpoint stands to the end; a signal ends it earlier, and is saved too."""
-    images, test = load_data(args, arrays)
-    if len(images) < args.batch_size:
-        fail(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
-    args.mean = images.mean  # of the training images, if no flag said other ones
-    args.std = images.std
-    has_knn = test is not None and test.labels is not None
-    if args.keep_best and not has_knn:
-        fail(f"--keep-best needs kNN, and {args.data} has no labels for it: leave it out")
-    trainer = Trainer(args, images, torch.device(args.device))
-    if checkpoint:
-        trainer.load_state_dict(checkpoint)
-    elif args.init:
-        load_init(trainer.model, args.init)
-    for part in (images, test):
-        if part:
-            part.move_to(trainer.device)
-    check_memory(trainer)
-    introduce(trainer, has_knn)
+    trainer, test = prepare(args, checkpoint, arrays)
     begin(trainer, test)
 
     with noted_signals() as noted:
@@ -291,8 +274,9 @@ def pretrain(
             # To read a number makes a GPU finish its work first, so this comes rarely.
             if ended or stop or trainer.step % 50 == 0:
                 check_finite(trainer)
-            progress(f"epoch {epoch + 1}: step", trainer.step - since, trainer.per_epoch)
-            if ended:
+            if not ended:
+                progress(f"epoch {epoch + 1}: step", position, trainer.per_epoch)
+            else:
                 seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
                 trainer.seconds += seconds
                 report(trainer, test, (trainer.step - since) * args.batch_size / seconds)
@@ -300,10 +284,8 @@ def pretrain(
                 since = trainer.step
             if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
-            if ended and args.keep_every and epoch % args.keep_every == 0:
-                save(trainer, f"checkpoint-{epoch:04}.pt")
-            if ended and args.keep_best and is_best(trainer.history):
-                save(trainer, "checkpoint-best.pt")
+            if ended:
+                keep_copies(trainer, epoch)
             if stop:
                 break
         if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
@@ -311,10 +293,33 @@ def pretrain(
             save(trainer)
         if stop:
             leave(trainer, stop)
-    following = shlex.join(["python", "eval.py", args.out])
-    if args.data == ARRAYS:
-        following += " --data FILE.npz"
+    following = shlex.join(["python", "eval.py", args.out]) + (" --data FILE.npz" if arrays else "")
     print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: {following}")
+
+
+def prepare(
+    args: argparse.Namespace, checkpoint: dict[str, Any] | None, arrays: dict[str, Any] | None
+) -> tuple[Trainer, "Images | None"]:
+    """Data, network and whatever the checkpoint holds, all in place, and two lines that say so."""
+    images, test = load_data(args, arrays)
+    has_knn = test is not None and test.labels is not None
+    if len(images) < args.batch_size:
+        fail(f"--batch-size {args.batch_size}, but {args.data} has {len(images)} images: take a smaller one")
+    if args.keep_best and not has_knn:
+        fail(f"--keep-best needs kNN, and {args.data} has no labels for it: leave it out")
+    args.mean = images.mean  # of the training images, if no flag said other ones
+    args.std = images.std
+    trainer = Trainer(args, images, torch.device(args.device))
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+    elif args.init:
+        load_init(trainer.model, args.init)
+    for part in (images, test):
+        if part:
+            part.move_to(trainer.device)
+    check_memory(trainer)
+    introduce(trainer, has_knn)
+    return trainer, test
 
 
 def leave(trainer: Trainer, stop: int) -> NoReturn:
@@ -1320,10 +1325,14 @@ def save(trainer: Trainer, name: str = "checkpoint.pt") -> None:
             torch.save(state, file)
 
 
-def is_best(history: list[dict[str, Any]]) -> bool:
-    """Whether kNN was measured at the end of the last epoch, and never was higher."""
-    measured = [row["knn"] for row in history if row["knn"] is not None]
-    return history[-1]["knn"] is not None and measured[-1] > max(measured[:-1], default=0)
+def keep_copies(trainer: Trainer, epoch: int) -> None:
+    """--keep-every and --keep-best: checkpoints that the next ones do not replace."""
+    args = trainer.args
+    if args.keep_every and epoch % args.keep_every == 0:
+        save(trainer, f"checkpoint-{epoch:04}.pt")
+    knn = [row["knn"] for row in trainer.history if row["knn"] is not None]
+    if args.keep_best and trainer.history[-1]["knn"] and knn[-1] > max(knn[:-1], default=0):
+        save(trainer, "checkpoint-best.pt")
 
 
 def load_init(model: SimSiam, path: str) -> None:
@@ -1417,21 +1426,24 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.told = self.began
         self.terminal = bool(sys.stdout) and sys.stdout.isatty()
         self.wait = 1 if self.terminal else 10  # seconds
+        self.told = time.monotonic()
+        self.first = math.inf
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == 1:
-            self.began = now  # the first one is slower than the others
-        if now - self.told < self.wait or done == 1:
-            return
-        self.told = now
-        self.wait = 1 if self.terminal else 180
-        whole = datetime.timedelta(seconds=round((now - self.began) / (done - 1) * total))
-        print0(f"{what} {done} of {total}, in all {whole} ", end="\r" if self.terminal else "\n")
+        if done <= self.first:  # of a new epoch, or after a resume; it is slower than the others
+            self.first = done
+            self.began = now
+        elif now - self.told >= self.wait:
+            self.told = now
+            self.wait = 1 if self.terminal else 180
+            each = (now - self.began) / (done - self.first)
+            print0(
+                f"{what} {done} of {total}, in all {datetime.timedelta(seconds=round(each * total))} ",
+                end="\r" if self.terminal else "\n",
+            )
 
 
 def check_memory(trainer: Trainer) -> None:
