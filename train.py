@@ -314,9 +314,8 @@ def prepare(
         trainer.load_state_dict(checkpoint)
     elif args.init:
         load_init(trainer.model, args.init)
-    for part in (images, test):
-        if part:
-            part.move_to(trainer.device)
+    for part in filter(None, (images, test)):
+        part.move_to(trainer.device)
     check_memory(trainer)
     introduce(trainer, has_knn)
     return trainer, test
@@ -616,17 +615,24 @@ def load_data(
     if test and images.labels is None:
         test.labels = None  # kNN needs both
     if images.mean is None:
-        # Per pixel, over the training set, of files over a thousand of them. For CIFAR-10's std that gives
-        # (0.2470, 0.2435, 0.2616); the often copied (0.2023, 0.1994, 0.2010) is the mean over images of each
-        # one's own.
-        some = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()
-        pixels = images.source if images.in_memory else images[None, some][0]
-        stats = [torch.std_mean(pixels[:, c].float() / 255, correction=0) for c in range(3)]
-        for part in (images, test):
-            if part:
-                part.mean = [mean.item() for _, mean in stats]
-                part.std = [max(std.item(), 1e-3) for std, _ in stats]  # a channel may be empty
+        mean, std = measure_pixels(images)
+        for part in filter(None, (images, test)):
+            part.mean = mean
+            part.std = std
     return images, test
+
+
+def measure_pixels(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the three channels, from 0 to 1, over all pixels of all images.
+
+    For CIFAR-10's std that gives (0.2470, 0.2435, 0.2616); the often copied (0.2023, 0.1994, 0.2010) is the
+    mean over images of each one's own.
+    """
+    some = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()  # of files, a thousand will do
+    pixels = images.source if images.in_memory else images[None, some][0]
+    stats = [torch.std_mean(pixels[:, c].float() / 255, correction=0) for c in range(3)]
+    # A channel may be empty: the bound is that of --std.
+    return [mean.item() for _, mean in stats], [max(std.item(), 1e-3) for std, _ in stats]
 
 
 def from_arrays(arrays: dict[str, Any], holdout: bool) -> list[Part]:
