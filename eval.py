@@ -239,7 +239,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         else:
             head, how = (linear_probe if task == "linear" else finetune)(backbone, train, bank, args)
             if task == "finetune":
-                bank = extract_features(backbone, train, **options)
+                bank = extract_features(backbone, train, **options) if args.features else bank
                 features = extract_features(backbone, test, **options)
             with torch.no_grad():
                 predicted = train.labels.unique()[head(features).argmax(dim=1).cpu()]
@@ -276,9 +276,9 @@ def report(args: argparse.Namespace, task: str, how: str, predicted: Tensor, tes
     by_class = {}
     for label in test.labels.unique():
         by_class[test.class_name(int(label))] = correct[test.labels == label].float().mean().item()
-    worst = sorted(by_class, key=by_class.get)[:20]
-    accuracies = ", ".join(f"{name} {by_class[name]:.1%}" for name in worst)
-    print0(f"  by class, the worst first: {accuracies}")
+    worst = sorted(by_class, key=by_class.get)
+    accuracies = ", ".join(f"{name} {by_class[name]:.1%}" for name in worst[:20])
+    print0(f"  by class, the worst first: {accuracies}" + (", ..." if len(worst) > 20 else ""))
     if args.json:
         row = dict(
             checkpoint=args.checkpoint, untrained=args.untrained, data=args.data, holdout=args.holdout,

@@ -1844,13 +1844,14 @@ class Transfers(TorchDispatchMode):
 
 
 META = torch.device("meta")  # has shapes and no numbers: what a CPU's tensor meets it raises, and so does reading one
-VARIANTS = ["", "--no-stop-gradient", "--predictor none", "--predictor fixed --affine", "--bn none", "--alternate 2"]
+VARIANTS = ["", "--amp bf16", "--no-stop-gradient", "--predictor none", "--predictor fixed --affine", "--bn none", "--alternate 2"]
 VARIANTS += ["--asymmetric --pairs 2", "--blur 0.5 --similarity cross-entropy", "--eta-momentum 0.8 --predictor none"]
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(flags, small_textures, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())  # has no "meta"
+    entered = []  # torch's own has no "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: entered.append((*args, enabled)) or contextlib.nullcontext())
     args = args_of(*SMALL, *flags.split())
     images, test = train.load_data(args)
     args.mean, args.std = images.mean, images.std
@@ -1864,6 +1865,7 @@ def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(flags, small_tex
         # Crops, colours, and mean and std of each view; every number of them is small.
         assert len(transfers.seen) == 4 and all(math.prod(shape) <= 5000 for shape, _ in transfers.seen)
         assert all(non_blocking for _, non_blocking in transfers.seen)
+        assert entered.pop() == (("meta", torch.bfloat16, True) if "bf16" in flags else ("meta", None, False))
     with Transfers() as transfers:
         t.update(crops, indices)
     assert (tuple(crops.shape), True) in transfers.seen and all(free for _, free in transfers.seen)
