@@ -2373,7 +2373,9 @@ def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
     written = torch.load("features.pt", weights_only=True)
     assert [Path(file).name for file in written["train"]["files"]] == [f"{i}.{'png' if i % 2 else 'jpg'}" for i in range(6)] * 2 + ["loose.png"]
     assert len(written["train"]["features"]) == 13 and written["train"]["labels"] is None
-    assert Path("run/neighbors.png").exists()
+    picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))  # 16 pixels, each 6 x 6
+    row = picture[:, 24:120, 8:]
+    assert not torch.equal(row[..., :96], row[..., 216:312])  # of training images alone, none is its own neighbour
     capsys.readouterr()
     evaluation.main(["run", "neighbors", str(root / "dog/3.png")])
     path, *nearest = capsys.readouterr().out.splitlines()[-7:-1]
@@ -2390,10 +2392,14 @@ def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
 def test_fine_tuned_features_are_those_of_the_tuned_network(pretrained):
     flags = ["finetune", "--epochs", "2", "--labels-per-class", "3"]
     evaluation.main(["run", *flags, "--features", "features.pt", "--save", "classifier.pt"])
-    written = torch.load("features.pt", weights_only=True)["test"]["features"]
+    written = torch.load("features.pt", weights_only=True)
     backbone, _ = build_backbone("convnet", width=2)
     backbone.load_state_dict(torch.load("classifier.pt", weights_only=True)["model"])
-    torch.testing.assert_close(written, by_hand(backbone.eval(), data_of(pretrained)[1]), rtol=1e-4, atol=1e-5)
+    images, test = data_of(pretrained)
+    images = images.subset(evaluation.few_labels(images, 3, seed=0))
+    for name, part in (("train", images), ("test", test)):
+        expected = by_hand(backbone.eval(), part)
+        torch.testing.assert_close(written[name]["features"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_features_that_are_no_numbers_get_no_accuracy(pretrained, capsys):
