@@ -7,10 +7,10 @@
     python eval.py runs/textures neighbors PICTURE ...      # the training images most like them
     python eval.py pixels knn --data fashion-mnist          # no network at all
 
-CHECKPOINT is a run's folder, a file of train.py, one that the authors of SimSiam released, a state_dict of
-torchvision's names, or one of the words "random" and "pixels". Features are the backbone's, in eval mode,
-frozen: a probe that leaves BatchNorm in training mode changes the network that it measures. Every test image
-counts, and the last epoch is reported: the best one on the test set would be chosen with the test set.
+CHECKPOINT is a run's folder, a file of train.py or of --save, one that the authors of SimSiam released, a
+state_dict of torchvision's names, or one of the words "random" and "pixels". Features are the backbone's, in
+eval mode, frozen: a probe that leaves BatchNorm in training mode changes the network that it measures. Every
+test image counts, and the last epoch is reported: the best one would be chosen with the test set.
 In reading order: from a file to a frozen backbone, the protocols, the whole, what stays, flags.
 """
 
@@ -31,13 +31,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, unit
+from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, to_device, unit
 from train import (
     ARRAYS, RECIPES, Images, Progress, extract_features, fail, find_images, in_range, learning_rate,
-    load_data, make_loader, one_line_errors, print0, read_checkpoint, recipe_of, save_picture, schedule,
-    start_parser, to_flags, try_reading, whole_file,
+    load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint, recipe_of,
+    save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -107,10 +106,10 @@ def crops(
 ) -> Iterator[Tensor]:
     """For each step, randomly cropped and flipped images, standardized: as in supervised training."""
     for batch, _ in make_loader(images, steps, workers):
-        x = batch.to(device, non_blocking=True).float() / 255
+        x = to_device(batch, torch.device(device)).float() / 255
         # Of files, the loader has cut two crops already.
         x = x[:, 0] if x.ndim == 5 else crop_and_flip(x, images.size, crop_min)
-        yield v2.functional.normalize(x, images.mean, images.std)
+        yield normalize(x, images.mean, images.std)
 
 
 def fit(
@@ -172,7 +171,7 @@ def linear_probe(
         batches = (bank[i] for _, i in steps)
     base_lr = base_lr if args.base_lr is None else args.base_lr
     fit(model, batches, (positions[i] for _, i in steps), len(steps), base_lr * batch / 256)
-    return model, f"{how}; {recipe(base_lr, batch, args.epochs, steps)}"
+    return model, f"{how}; {describe_sgd(base_lr, batch, args.epochs, steps)}"
 
 
 def finetune(
@@ -195,10 +194,10 @@ def finetune(
     cut = crops(train, steps, args.crop_min, args.device, args.workers)
     fit(model, cut, targets, len(steps), base_lr * batch / 256, clip=1.0)
     model.eval().requires_grad_(False)
-    return head, f"all weights; {recipe(base_lr, batch, args.epochs, steps)}"
+    return head, f"all weights; {describe_sgd(base_lr, batch, args.epochs, steps)}"
 
 
-def recipe(base_lr: float, batch: int, epochs: int, steps: list[Any]) -> str:
+def describe_sgd(base_lr: float, batch: int, epochs: int, steps: list[Any]) -> str:
     return f"SGD, lr {base_lr:g} * {batch} / 256, {epochs} epochs of {len(steps) // epochs} steps"
 
 
@@ -235,7 +234,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         elif task == "knn":
             k = min(args.k, len(bank))
             predicted = knn_predict(features, bank, train.labels.to(bank.device), k, args.temperature)
-            report(args, task, f"k={k}, T={args.temperature}", predicted, test)
+            print_top1(args, task, f"k={k}, T={args.temperature}", predicted, test)
         else:
             head, how = (linear_probe if task == "linear" else finetune)(backbone, train, bank, args)
             if task == "finetune":
@@ -245,7 +244,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
                 predicted = train.labels.unique()[head(features).argmax(dim=1).cpu()]
             if args.save:
                 save_classifier(args, backbone, head, train)
-            report(args, task, how, predicted, test)
+            print_top1(args, task, how, predicted, test)
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or task == "finetune", "the probe changed the backbone"
     if args.features:
@@ -267,7 +266,7 @@ def choose_tasks(args: argparse.Namespace, train: Images, test: Images | None) -
     return []
 
 
-def report(args: argparse.Namespace, task: str, how: str, predicted: Tensor, test: Images) -> None:
+def print_top1(args: argparse.Namespace, task: str, how: str, predicted: Tensor, test: Images) -> None:
     """Top-1 over all images and for each class, printed, and with --json as a line there."""
     correct = predicted.cpu() == test.labels
     n = len(correct)
@@ -389,7 +388,7 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
     for row, (query, neighbours) in enumerate(zip(shown, nearest)):
         images = [test[None, query[None]][0], train[None, neighbours][0]]
         blank = torch.full_like(images[0], 255)  # a gap
-        label = None if train.labels is None else test.labels[query]
+        label = None if test.labels is None else test.labels[query]
         name = "" if label is None else test.class_name(int(label))
         rows[f"{row + 1}. {name}"] = torch.cat([images[0], blank, images[1]])
         same = [False] * len(neighbours) if label is None else (train.labels[neighbours] == label).tolist()
@@ -479,10 +478,6 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     return args, content
 
 
-def path_of(checkpoint: str) -> Path:
-    return Path(checkpoint, "checkpoint.pt") if os.path.isdir(checkpoint) else Path(checkpoint)
-
-
 def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str]) -> None:
     """Stops on flags that contradict the checkpoint, and on those that would change nothing."""
     for name in FIXED:
@@ -500,7 +495,7 @@ def check_args(args: argparse.Namespace, saved: dict[str, Any], given: set[str])
         fail("--crop-min changes nothing without crops: add --official, or leave it out")
     if args.data == ARRAYS:
         fail("the images came from a program: write them into a .npz file, and add --data FILE.npz")
-    if "--recipe" in given and saved:
+    if "--recipe" in given and "data" in saved:
         fail(f"--recipe {args.recipe}, but the checkpoint has one: leave the flag out")
     if bool(args.pictures) != (args.task in ("predict", "neighbors")):
         fail("PICTURE is for predict and neighbors, which need one or more")

@@ -273,8 +273,8 @@ class SimSiam(nn.Module):
 
 # ------------------------------------------------------------------------------------------------
 # Views (App. A): a whole batch at a time, on its device, with parameters drawn for every image. All of it
-# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU, the same ones for every device, and
-# go over in one piece without waiting: a GPU is busy with the step before, and each stop would cost.
+# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU, the same ones for every device. They
+# go over in two pieces, for crop and colours, and none is waited for: a GPU is busy with the step before.
 
 
 def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -> Tensor:
@@ -287,7 +287,7 @@ def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -
 
 
 def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
-    """What follows the crop: color jitter, gray and blur, each in some of the images. Changes x itself."""
+    """What follows the crop: color jitter, gray and blur, each in some images. Changes x, and returns it."""
 
     def some(probability: float) -> Tensor:
         return (torch.rand(len(x)) < probability).nonzero()[:, 0]
@@ -297,36 +297,45 @@ def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
 
     # ColorJitter(0.4, 0.4, 0.4, 0.1) in 80 % of the images, in a random order that one batch shares.
     jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
-    chosen = some(0.8)
-    order = torch.randperm(4).tolist()
-    strengths = [factors(len(chosen), *jitter[i][1:]) for i in order]
+    colored = some(0.8)
+    operations = [jitter[i] for i in torch.randperm(4).tolist()]
+    strengths = [factors(len(colored), low, high) for _, low, high in operations]
     grayed = some(0.2)
     soft = some(blurred)
     sigma = factors(len(soft), 0.1, 2.0)
-    chosen, grayed, soft, sigma, *strengths = move([chosen, grayed, soft, sigma, *strengths], x.device)
+    drawn = [colored, grayed, soft, sigma, *strengths]
+    colored, grayed, soft, sigma, *strengths = in_one_copy(drawn, x.device)
 
-    jittered = x[chosen]
-    for i, strength in zip(order, strengths):
-        jittered = jitter[i][0](jittered, strength.view(-1, 1, 1, 1))
-    x[chosen] = jittered
+    jittered = x[colored]
+    for (operation, _, _), strength in zip(operations, strengths):
+        jittered = operation(jittered, strength.view(-1, 1, 1, 1))
+    x[colored] = jittered
     x[grayed] = to_gray(x[grayed]).expand(-1, 3, -1, -1)
     if len(soft):
         x[soft] = blur(x[soft], sigma)
     return x
 
 
-def move(parts: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors (n,) to a device in one transfer, which takes no longer than each of many small ones."""
+def in_one_copy(parts: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors (n,), each of its own length and dtype, on a device. One copy of all takes as long as of one."""
     whole = torch.cat([part.float() for part in parts])  # float32 is exact for indices, up to 2**24 of them
-    pieces = whole.to(device, non_blocking=True).split([len(part) for part in parts])
+    pieces = to_device(whole, device).split([len(part) for part in parts])
     return [piece.to(part.dtype) for piece, part in zip(pieces, parts)]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device, without waiting for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # from other memory, CUDA may wait
+    # On Apple's GPUs such a copy may read memory that is free again by then (torch's issue 139550).
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
     """RandomResizedCrop, then a flip with probability 1/2: (N, 3, size, size)."""
     n, _, height, width = x.shape
     boxes = crop_boxes(n, height, width, crop_min)
-    top, left, h, w, flipped = move([*boxes, torch.rand(n) < 0.5], x.device)
+    top, left, h, w, flipped = in_one_copy([*boxes, torch.rand(n) < 0.5], x.device)
     columns = resize_matrix(left, w, width, size)
     columns = torch.where(flipped.view(-1, 1, 1), columns.flip(1), columns)
     return crop_and_resize(x, resize_matrix(top, h, height, size), columns)

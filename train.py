@@ -49,7 +49,7 @@ from torchvision.transforms import v2
 
 from simsiam import (
     ARCHS, SimSiam, augment, build_backbone, cross_entropy, effective_rank, knn_predict, negative_cosine,
-    recolor, simsiam_loss, spread,
+    recolor, simsiam_loss, spread, to_device,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Trainer:
         args = self.args
         # All random numbers of a step follow from these three, whatever ran before: a resume is exact.
         torch.manual_seed(seed_of(args.seed, self.step, self.rank))
-        batch = batch.to(self.device, non_blocking=True)
+        batch = to_device(batch, self.device)
         x1, x2 = two_views(batch, args.image_size, args.crop_min, args.blur)
         x1 = normalize(x1, args.mean, args.std)
         x2 = normalize(x2, args.mean, args.std)
@@ -185,10 +185,10 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stops where the state does not fit. All or nothing: what was loaded by then is not used."""
         try:
-            count, names = state["data"]
-            if [count, names] != self.fingerprint:
-                other = f"{self.fingerprint[0]}, or other images: restore them, or start anew"
-                fail(f"--resume: {self.args.data} had {count} images, and now {other}")
+            count, _ = state["data"]
+            if state["data"] != self.fingerprint:
+                now = f"{self.fingerprint[0]} images, not the {count} that the run began with"
+                fail(f"--resume: {self.args.data} has {now}: restore them, or name another --out")
             self.model.load_state_dict(state["model"])
             self.targets.load_state_dict(state["targets"])
             self.scaler.load_state_dict(state["scaler"])
@@ -282,10 +282,10 @@ def pretrain(
                 report(trainer, test, (trainer.step - since) * args.batch_size / seconds)
                 began = time.monotonic()
                 since = trainer.step
+            if ended:
+                keep_copies(trainer, epoch)  # first: a run that is killed between the two repeats this one
             if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
-            if ended:
-                keep_copies(trainer, epoch)
             if stop:
                 break
         if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
@@ -314,9 +314,10 @@ def prepare(
         trainer.load_state_dict(checkpoint)
     elif args.init:
         load_init(trainer.model, args.init)
-    for part in filter(None, (images, test)):
-        part.move_to(trainer.device)
-    check_memory(trainer)
+    need = check_memory(trainer)
+    images.move_to(trainer.device, need)
+    if test is not None:
+        test.move_to(trainer.device, need)
     introduce(trainer, has_knn)
     return trainer, test
 
@@ -329,7 +330,7 @@ def leave(trainer: Trainer, stop: int) -> NoReturn:
 
 
 def introduce(trainer: Trainer, has_knn: bool) -> None:
-    """Two lines: what is going to run, and how to read what follows."""
+    """What is going to run, and how to read what follows."""
     args = trainer.args
     print0(
         f"{args.data}: {len(trainer.images)} images, {trainer.steps} steps of {args.batch_size}; "
@@ -421,7 +422,9 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
     bank = extract_features(backbone, images, **options)
     features = extract_features(backbone, test, **options)
     predicted = knn_predict(features, bank, images.labels.to(bank.device)).cpu()
-    return effective_rank(features[some]).item(), (predicted == test.labels).sum().item() / len(test)
+    # One number for all ranks, which may act on it: on GPUs, votes that are nearly equal round either way.
+    hits = over_ranks((predicted == test.labels).sum(), dist.ReduceOp.MAX).item()
+    return effective_rank(features[some]).item(), hits / len(test)
 
 
 @torch.no_grad()
@@ -442,7 +445,7 @@ def extract_features(
     parts = []
     progress = Progress()
     for batch, _ in make_loader(images, ((None, indices) for indices in mine.split(250)), workers):
-        x = normalize(batch.to(device, non_blocking=True).float() / 255, images.mean, images.std)
+        x = normalize(to_device(batch, torch.device(device)).float() / 255, images.mean, images.std)
         with torch.autocast(x.device.type, amp, enabled=amp is not None):
             parts.append(backbone(x).float())
         progress("features: batch", len(parts), math.ceil(len(mine) / 250))
@@ -494,8 +497,8 @@ class Targets(nn.Module):
 
 ARRAYS = "arrays"  # DATA's name where a program brings its own
 FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP"]  # whatever a file's name, no other decoder sees it
-PARTNERS = ["val", "valid", "validation", "test", "testing"]  # of train/
-IN_MEMORY = 2**29  # bytes of small pictures of one size that are kept decoded; CIFAR-10 has 0.3 * 2**29
+TEST_FOLDERS = ["val", "valid", "validation", "test", "testing"]  # beside train/: the first counts
+IN_MEMORY = 2**29  # bytes: up to 512 MiB of small pictures are kept decoded; CIFAR-10 takes 184 MB
 Part = tuple[Tensor | list[str], Tensor | None, list[str]]  # source, labels and files of Images
 
 
@@ -529,13 +532,14 @@ class Images(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, request: tuple[str | None, Tensor]) -> tuple[Tensor, Tensor]:
-        """For a key or None and B indices: uint8 images (B, 3, H, W), and the indices again.
+        """For a key and B indices: uint8 images (B, 3, H, W), where the source lies, and the indices again.
 
-        Of files, with a key, two random crops of each, (B, 2, 3, size, size): the same for the same key.
+        Of files two random crops of each, (B, 2, 3, size, size): the same for the same key. For None instead
+        of a key, what is not augmented, (B, 3, size, size).
         """
         key, indices = request
         if self.in_memory:
-            images = self.source[indices.to(self.source.device, non_blocking=True)]
+            images = self.source[to_device(indices, self.source.device)]
             return images if key else centre(images, self.size), indices
         images = []
         for place, index in enumerate(indices.tolist()):
@@ -554,14 +558,14 @@ class Images(torch.utils.data.Dataset):
         part.files = [self.files[i] for i in indices.tolist()] if self.files else []
         return part
 
-    def move_to(self, device: torch.device) -> None:
-        """Images in memory, where they fit (CIFAR-10: 184 MB): then a step moves indices and not images."""
-        if self.in_memory and device.type != "cpu" and 4 * self.source.nbytes < free_memory(device):
+    def move_to(self, device: torch.device, need: float = 0.0) -> None:
+        """Moves images in memory, if they fit beside `need` bytes: then a step moves indices, not images."""
+        if self.in_memory and device.type != "cpu" and need + 2 * self.source.nbytes < free_memory(device):
             self.source = self.source.to(device)
 
     def fingerprint(self) -> list[int]:
         """How many images, and a hash of them or of their files' names: a resume notices a change."""
-        if self.in_memory and not self.files:
+        if self.in_memory and not self.files and self.root not in DATASETS:
             return [len(self), zlib.crc32(self.source.cpu().numpy())]
         names = [file.removeprefix(self.root).replace(os.sep, "/") for file in self.files]
         return [len(self), seed_of(names)]
@@ -612,11 +616,11 @@ def load_data(
         tenth = len(images) // 10
         test = images.subset(order[:tenth])
         images = images.subset(order[tenth:])
-    if test and images.labels is None:
+    if test is not None and images.labels is None:
         test.labels = None  # kNN needs both
     if images.mean is None:
         mean, std = measure_pixels(images)
-        for part in filter(None, (images, test)):
+        for part in (images, test) if test is not None else (images,):
             part.mean = mean
             part.std = std
     return images, test
@@ -647,12 +651,14 @@ def from_arrays(arrays: dict[str, Any], holdout: bool) -> list[Part]:
         print0(f"warning: not used: {', '.join(unknown)}; known: {', '.join(known)}", sys.stderr)
     test = "val" if holdout and "val_images" in arrays else "test"
     parts = []
-    for name in ("train", test) if f"{test}_images" in arrays else ("train",):
+    for split in ("train", test) if f"{test}_images" in arrays else ("train",):
         try:
-            images = to_rgb(arrays[f"{name}_images"])
-            labels = to_labels(arrays[f"{name}_labels"], len(images)) if f"{name}_labels" in arrays else None
+            images = to_rgb(arrays[f"{split}_images"])
+            labels = None
+            if f"{split}_labels" in arrays:
+                labels = to_labels(arrays[f"{split}_labels"], len(images))
         except Exception as error:  # whatever a value may be
-            fail(f"{name}_images or {name}_labels can't be used ({type(error).__name__}: {error})")
+            fail(f"{split}_images or {split}_labels can't be used ({type(error).__name__}: {error})")
         parts.append((images, labels, []))
     return parts
 
@@ -777,7 +783,7 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
         fail(f"no data set and no folder is called {str(root)!r}: choose {kinds}")
     inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     training = [inside[name] for name in ("train", "training") if name in inside][:1]
-    testing = [inside[name] for name in PARTNERS if name in inside][:1]
+    testing = [inside[name] for name in TEST_FOLDERS if name in inside][:1]
     if testing and not training:
         fail(f"{testing[0]} is for test images, and there is no {root}/train to train on")
 
@@ -791,14 +797,15 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
         print0(f"{first}: no labels, for {loose} is in no class folder")
         return [(source, None, files)], []
     found = [(source, files)]
-    for part in testing:
-        found.append(find_images(part))
-        names.append(class_folders(found[1][1], part))
+    for folder in testing:
+        source, files = find_images(folder)
+        found.append((source, files))
+        names.append(class_folders(files, folder))
         if "" in names[1]:
-            fail(f"{found[1][1][names[1].index('')]} is in no class folder: move it into one")
+            fail(f"{files[names[1].index('')]} is in no class folder: move it into one")
         if differing := sorted({*names[0]} ^ {*names[1]}):
             few = ", ".join(differing[:5])
-            print0(f"warning: only one of train/ and {part.name}/ has images of {few}", sys.stderr)
+            print0(f"warning: only one of train/ and {folder.name}/ has images of {few}", sys.stderr)
     classes = sorted({name for column in names for name in column})  # one numbering for both
     tests = f"tests on {testing[0].name}/" if testing else "has nothing to test on"
     few = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
@@ -808,9 +815,9 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
     return [(source, own, files) for (source, files), own in zip(found, labels)], classes
 
 
-def class_folders(files: list[str], part: Path) -> list[str]:
-    """Of each file the name of the folder in `part` that it is in, or "" if it is in none."""
-    places = [Path(file).relative_to(part).parts for file in files]
+def class_folders(files: list[str], root: Path) -> list[str]:
+    """Of each file the name of the folder in `root` that it is in, or "" if it is in none."""
+    places = [Path(file).relative_to(root).parts for file in files]
     return [place[0] if len(place) > 1 else "" for place in places]
 
 
@@ -954,7 +961,7 @@ def leave_group(worker: int) -> None:
 
 def normalize(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """x (N, 3, H, W) in [0, 1], standardized as the network expects it, channels last."""
-    mean_, std_ = torch.tensor([mean, std]).to(x.device, non_blocking=True).view(2, 3, 1, 1)
+    mean_, std_ = to_device(torch.tensor([mean, std]), x.device).view(2, 3, 1, 1)
     return ((x - mean_) / std_).contiguous(memory_format=torch.channels_last)
 
 
@@ -992,7 +999,7 @@ def build_parser() -> argparse.ArgumentParser:
     # model
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, or a ResNet of torchvision by name")
     flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
-    flag("--width", type=in_range(int, 1, 1024), default=16, help="of the convnet's first layer: 16")
+    flag("--width", type=in_range(int, 1, 1024), default=16, help="of the convnet's first layer; 16")
     flag("--dim", type=size, help="output dimension d (App. B)")
     flag("--hidden", type=size, help="width of the projector's hidden layers (Sec. 3)")
     flag("--layers", type=in_range(int, 1, 16), help="of the projector: 3 (Sec. 3), 2 (App. D)")
@@ -1005,7 +1012,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--decay-predictor-lr", action="store_true", help="cosine for h too (Table 1, baseline)")
     # images and augmentation
     flag("--image-size", type=in_range(int, 8, 4096), help="side of a view in pixels")
-    flag("--mean", type=share, nargs=3, help="of the pixels (default: measured; folders: ImageNet's)")
+    flag("--mean", type=share, nargs=3, help="of the pixels (default: measured; recipe imagenet: ImageNet's)")
     flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
     flag("--crop-min", type=in_range(float, 0.01, 1), help="smallest area of a crop, as a share (App. A)")
     flag("--blur", type=share, help="probability of the Gaussian blur (0.5 in the authors' code)")
@@ -1025,7 +1032,7 @@ def build_parser() -> argparse.ArgumentParser:
     # system
     flag("--knn-every", type=count, help="epochs between kNN evaluations; 0: none")
     flag("--save-every", type=many, default=1, help="epochs between checkpoints (default: 1)")
-    flag("--keep-every", type=count, default=0, help="epochs between copies that stay: checkpoint-0100.pt")
+    flag("--keep-every", type=count, default=0, help="epochs between copies that stay (default: 0, none)")
     best = "keep the best by kNN as checkpoint-best.pt; with --holdout, for the test images must not choose"
     flag("--keep-best", action="store_true", help=best)
     kinds = ["auto", "off", "bf16", "fp16"]
@@ -1111,6 +1118,9 @@ def get_args(
 
     saved = checkpoint["args"] if checkpoint else {}
     data = (args.data or str(saved.get("data", "textures"))).replace("\0", "?")
+    if data == ARRAYS and not arrays:
+        again = f"train.main(['--resume', '--out', {str(out)!r}], arrays)"
+        fail(f"the images of {out} came from a program: go on there with {again}")
     if data not in DATASETS and not arrays:
         data = os.path.realpath(data)  # to be found again from another folder
     parser.set_defaults(**recipe_of(data, args.recipe))
@@ -1299,7 +1309,8 @@ def begin(trainer: Trainer, test: Images | None) -> None:
         save(trainer)  # now there is always something to resume, and a full disk shows at once
         save_views(trainer)
         erank, knn = monitor(trainer, test, knn=args.knn_every > 0)
-        print0(f"untrained: rank {erank:.1f}" + ("" if knn is None else f"  kNN {knn:.1%}"))
+        percent = "" if knn is None else f"  kNN {knn:.1%}"
+        print0(f"{'to begin with' if args.init else 'untrained'}: rank {erank:.1f}{percent}")
     if args.tensorboard and trainer.rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # needs a package of its own: tensorboard
 
@@ -1343,12 +1354,11 @@ def keep_copies(trainer: Trainer, epoch: int) -> None:
 
 def load_init(model: SimSiam, path: str) -> None:
     """--init: all weights of another run, to begin with."""
-    file = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     try:
-        model.load_state_dict(read_checkpoint(file)["model"])
+        model.load_state_dict(read_checkpoint(path_of(path))["model"])
     except Exception as error:  # whatever a file of the right form may hold
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
-        fail(f"--init {path} does not fit these flags ({reason}): give the network's as they were there")
+        fail(f"--init {path} does not fit ({reason}): give --arch, --dim and the like as that run had them")
 
 
 def write_metrics(trainer: Trainer) -> None:
@@ -1393,6 +1403,11 @@ def save_picture(path: Path, rows: dict[str, Tensor], frames: list[list[str]] | 
             picture.paste(tile, (left + 8, top + 24))
     with whole_file(path) as file:
         picture.save(file, format="png")
+
+
+def path_of(checkpoint: str) -> Path:
+    """The file itself, or the one in a run's folder."""
+    return Path(checkpoint, "checkpoint.pt") if os.path.isdir(checkpoint) else Path(checkpoint)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -1446,24 +1461,24 @@ class Progress:
             self.told = now
             self.wait = 1 if self.terminal else 180
             each = (now - self.began) / (done - self.first)
-            print0(
-                f"{what} {done} of {total}, in all {datetime.timedelta(seconds=round(each * total))} ",
-                end="\r" if self.terminal else "\n",
-            )
+            whole = datetime.timedelta(seconds=round(each * total))
+            print0(f"{what} {done} of {total}, about {whole} in all", end="  \r" if self.terminal else "\n")
 
 
-def check_memory(trainer: Trainer) -> None:
-    """Stops before a step that is sure not to fit, where it would be killed without a word."""
+def check_memory(trainer: Trainer) -> float:
+    """Bytes that a step needs. Stops where there are not so many: the step would be killed without a word."""
     need = memory_of_a_step(trainer)
     free = free_memory(trainer.device)
     if trainer.device.type == "cpu":
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if need > free:
-        batch = 2 ** int(math.log2(max(2, free / need * trainer.args.batch_size)))
+        world = trainer.world
+        batch = world * 2 ** int(math.log2(max(2, free / need * trainer.args.batch_size / world)))
         fail(
             f"a step needs about {need / 2**30:.1f} GB of memory, and {free / 2**30:.1f} are free: "
             f"take --batch-size {batch} or a smaller --image-size, or for small pictures --recipe small"
         )
+    return need
 
 
 def memory_of_a_step(trainer: Trainer) -> float:
@@ -1495,7 +1510,7 @@ def free_memory(device: torch.device) -> float:
     limits = [math.inf]
     with contextlib.suppress(OSError, ValueError, LookupError):
         limits.append(1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]))
-    with contextlib.suppress(OSError, ValueError):  # of a container
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, of which some is used already
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits) if device.type == "cpu" else math.inf
 

@@ -1,16 +1,18 @@
-"""All that needs a GPU, on one card: prints a table. Under 30 minutes, or in several calls: each goes on.
+"""All that needs a GPU, on one card: prints a table. Half an hour, or several calls, each of which goes on.
 
-    python .github/gpu.py WORK                          # CIFAR-10 by torchvision, downloaded into data/
-    python .github/gpu.py WORK --data FOLDER            # or a folder with its images
-    python .github/gpu.py WORK --minutes 9 --epochs 800 # in calls of nine minutes, longer
+    python .github/gpu.py WORK                            # CIFAR-10 by torchvision, downloaded into WORK/data
+    python .github/gpu.py WORK --data FOLDER              # or a folder with its images
+    python .github/gpu.py WORK --minutes 9 --epochs 800   # for nine minutes; CIFAR-10 longer
 
-WORK receives runs, logs and results.jsonl, a line for each row of the table. A row that is there is not
-measured again: delete its line for that. With --device cpu and --quick the script itself can be tried.
+WORK receives runs, a log, and results.jsonl with the rows. A row that is there is not measured again; one
+that failed is. On one card NCCL and SyncBN have nothing to do: they need two. With --device cpu and --quick
+the script itself can be tried; that is all we could do.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,8 @@ import torch
 import torchvision
 
 HERE = Path(__file__).resolve().parent.parent
-SPEED = ["python", HERE / ".github/speed.py"]
-TRAIN = ["python", HERE / "train.py"]
+SPEED = HERE / ".github/speed.py"
+TRAIN = HERE / "train.py"
 
 
 class Rows:
@@ -36,77 +38,133 @@ class Rows:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.done = dict(json.loads(line) for line in lines)
 
-    def __call__(self, name: str, measure: Callable[[], str]) -> None:
+    def measure(self, name: str, call: Callable[[], str]) -> None:
+        """Prints the row; measures it if need and time are there."""
         if name not in self.done and time.monotonic() < self.ends:
-            result = measure()
-            if time.monotonic() < self.ends:  # else it was cut short
-                self.done[name] = result
+            try:
+                self.done[name] = call()
                 with self.file.open("a") as file:
-                    print(json.dumps([name, result]), file=file)
+                    print(json.dumps([name, self.done[name]]), file=file)
+            except (RuntimeError, OSError, ValueError) as error:  # shown, not kept: the next call tries again
+                return print(f"| {name} | {error} |", flush=True)
         print(f"| {name} | {self.done.get(name, 'not yet')} |", flush=True)
 
-    def run(self, *words: object, lines: int = 1, env: dict[str, str] | None = None) -> str:
-        """The last lines of what a command prints, or how it failed. At the end of the time it gets SIGTERM."""
-        command = [sys.executable if word == "python" else str(word) for word in words]
+    def command(self, name: str, *words: object, lines: int = 1) -> None:
+        self.measure(name, lambda: "; ".join(self.run(*words)[-lines:]))
+
+    def run(self, *words: object, env: dict[str, str] | None = None, stop_at: str = "\n") -> list[str]:
+        """What `python WORDS` prints. SIGTERM after a line that begins with stop_at, or when the time is over.
+
+        Raises RuntimeError if it failed or had no time.
+        """
+        command = [sys.executable, *map(str, words)]
+        out = []
         with open(self.work / "log", "a") as log:
             print("$", *command, file=log, flush=True)
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.work, env=os.environ | (env or {})
-            )
-            try:
-                out, _ = process.communicate(timeout=max(1, self.ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)  # train.py saves
-                out, _ = process.communicate()
-            print(out, file=log, flush=True)
-        if process.returncode:
-            return f"exit status {process.returncode}, see {self.work}/log"
-        return "; ".join(out.splitlines()[-lines:])
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=self.work,
+                env=os.environ | (env or {}),
+            )  # fmt: skip
+            signal.signal(signal.SIGALRM, lambda *_: process.terminate())  # train.py saves
+            signal.setitimer(signal.ITIMER_REAL, max(1, self.ends - time.monotonic()))
+            for line in process.stdout:
+                print(line, end="", file=log, flush=True)
+                out.append(line.rstrip())
+                if line.startswith(stop_at):
+                    process.terminate()
+            status = process.wait()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if time.monotonic() > self.ends:
+            raise RuntimeError("not yet: the time was over")
+        if status and not (stop_at != "\n" and status == 128 + signal.SIGTERM):
+            raise RuntimeError(f"exit status {status}: {' '.join(out[-1:])}; see {self.work}/log")
+        return out
 
 
-def last_row(run: Path) -> str:
+def last_epoch(run: Path) -> str:
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     if not rows:
         return "no epoch yet"
-    knn = [f"{row['epoch']}: {row['knn']:.1%}" for row in rows if row["knn"] is not None]
     row = rows[-1]
+    knn = [f"{row['epoch']}: {row['knn']:.1%}" for row in rows if row["knn"] is not None]
     state = f"loss {row['loss']:.3f}, spread {row['spread']:.2f}, rank {row['rank']:.0f}"
     return f"epoch {row['epoch']}, {state}, {row['images_per_second']:.0f} images/s; kNN {', '.join(knn)}"
 
 
-def resume(rows: Rows, flags: list[str]) -> str:
+def check_tests(rows: Rows) -> str:
+    return rows.run("-m", "pytest", "-q", HERE / "test_simsiam.py", env={"CUDA_VISIBLE_DEVICES": "0"})[-1]
+
+
+def check_resume(rows: Rows, flags: list[str]) -> str:
     """A run in one piece against the same run stopped in the middle."""
-    whole, parts = rows.work / "whole", rows.work / "parts"
-    rows.run(*TRAIN, *flags, "--epochs", "4", "--out", whole)
-    process = subprocess.Popen(
-        [sys.executable, *map(str, TRAIN[1:]), *flags, "--epochs", "4", "--out", str(parts)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("epoch   2/"):
-            process.send_signal(signal.SIGTERM)
-    process.wait()
-    rows.run(*TRAIN, "--resume", "--out", parts)
-    a, b = (torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["model"] for run in (whole, parts))
+    whole = rows.work / "whole"
+    parts = rows.work / "parts"
+    for run in (whole, parts):
+        shutil.rmtree(run, ignore_errors=True)  # of a call that was cut short
+    rows.run(TRAIN, *flags, "--epochs", "4", "--out", whole)
+    rows.run(TRAIN, *flags, "--epochs", "4", "--out", parts, stop_at="epoch   2/")
+    rows.run(TRAIN, *flags, "--epochs", "4", "--out", parts, "--resume")
+    a, b = (torch.load(run / "checkpoint.pt", "cpu", weights_only=True)["model"] for run in (whole, parts))
     off = max((a[name].double() - b[name].double()).abs().max().item() for name in a)
-    return f"exact (stopped with status {process.returncode})" if off == 0 else f"not exact: {off:.1e} at most"
+    return "exact" if off == 0 else f"not exact: weights differ by {off:.1e} at most"
 
 
-def write_noise(work: Path, count: int) -> str:
-    """Smooth images: as JPEGs of 500 x 375 pixels, and as an array of 224 x 224."""
+def train_textures(rows: Rows, name: str, flags: list[str]) -> str:
+    rows.run(TRAIN, *flags, "--resume", "--out", rows.work / name)
+    return last_epoch(rows.work / name)
+
+
+def write_images(work: Path, count: int) -> str:
+    """Smooth ones, for ImageNet's recipe: JPEGs of 500 x 375 pixels, and an array of 224 x 224."""
     import numpy as np
 
     folder = work / "jpegs"
     folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    small = torch.rand(count, 3, 12, 16, generator=generator)
+    small = torch.rand(count, 3, 12, 16, generator=torch.Generator().manual_seed(0))
     for i, image in enumerate(small):
         large = torch.nn.functional.interpolate(image[None], (375, 500), mode="bicubic")[0].clamp(0, 1)
         torchvision.io.write_jpeg((large * 255).byte(), str(folder / f"{i:05}.jpg"))
-    arrays = torch.nn.functional.interpolate(small, (224, 224), mode="bicubic").clamp(0, 1)
-    np.savez(work / "noise.npz", train_images=(arrays * 255).byte().permute(0, 2, 3, 1).numpy())
+    array = torch.nn.functional.interpolate(small, (224, 224), mode="bicubic").clamp(0, 1)
+    np.savez(work / "noise.npz", train_images=(array * 255).byte().permute(0, 2, 3, 1).numpy())
     return f"{count} written"
+
+
+def measure_speed(rows: Rows, device: list[str], quick: bool) -> None:
+    tiny = "--arch convnet --width 2 --dim 16 --hidden 16 --batch-size 16".split() if quick else []
+    steps = "2" if quick else "40"
+    cpus = os.cpu_count() or 1
+    cifar = ["--recipe", "cifar10", *device, *tiny, "--warmup-epochs", "0"]  # on textures: as many pixels
+    for batch in ["16"] if quick else ["128", "512", "1024"]:
+        words = [SPEED, steps, *cifar, "--batch-size", batch]
+        rows.command(f"CIFAR ResNet-18, batch {batch}", *words, lines=2)
+    cifar += ["--batch-size", "16" if quick else "512"]
+    modes = ["eager"] if quick else ["eager", "default", "reduce-overhead"]
+    for amp in ("off", "auto"):
+        words = [SPEED, steps, *cifar, "--amp", amp, "--alone", *modes]
+        rows.command(f"the step alone, --amp {amp}", *words, lines=3)
+    rows.command("the usual way", SPEED, steps, *cifar, "--usual", min(16, cpus))
+    rows.measure("images for ImageNet's recipe", lambda: write_images(rows.work, 64 if quick else 2048))
+    for source in ("noise.npz", "jpegs"):
+        for amp in ("off", "auto"):
+            words = [SPEED, steps, rows.work / source, "--recipe", "imagenet", *device, "--amp", amp]
+            words += tiny or ["--batch-size", "256", "--workers", min(16, cpus)]
+            rows.command(f"ImageNet ResNet-50, {source}, --amp {amp}", *words, lines=2)
+
+
+def train_cifar(rows: Rows, flags: list[str], epochs: int) -> None:
+    out = rows.work / f"cifar10-{epochs}"
+    name = f"CIFAR-10, App. D, {epochs} epochs"
+
+    def train() -> str:
+        rows.run(TRAIN, *flags, "--recipe", "cifar10", "--epochs", epochs, "--resume", "--out", out)
+        return last_epoch(out)
+
+    rows.measure(name, train)
+    if name in rows.done:
+        rows.command(f"{name}: kNN and linear probe", HERE / "eval.py", out, *flags[1:3], lines=5)
+    else:
+        print(f"| {name}, on its way | {last_epoch(out)} |")
 
 
 def main() -> None:
@@ -116,63 +174,32 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--epochs", type=int, default=200, help="of CIFAR-10")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny networks and no suite: to try this script")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and no tests, to try this script")
     args = parser.parse_args()
-    args.work = args.work.resolve()
-    args.work.mkdir(parents=True, exist_ok=True)
-    rows = Rows(args.work, args.minutes)
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    rows = Rows(work, args.minutes)
     device = ["--device", args.device]
-    tiny = "--arch convnet --width 2 --dim 16 --hidden 16 --batch-size 16".split() if args.quick else []
     few = "--epochs 4 --width 2 --dim 16 --hidden 16 --batch-size 500".split() if args.quick else []
     data = args.data if args.data == "cifar10" else str(Path(args.data).resolve())
 
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"{card}, torch {torch.__version__}, torchvision {torchvision.__version__}\n\n| | |\n|---|---|")
     if not args.quick:
-        suite = ["python", "-m", "pytest", "-q", HERE / "test_simsiam.py"]
-        rows("tests, device cuda", lambda: rows.run(*suite, env={"CUDA_VISIBLE_DEVICES": "0"}))
-    rows("resume", lambda: resume(rows, [*device, *few]))
+        rows.measure("tests, on the card", lambda: check_tests(rows))
+    rows.measure("resume", lambda: check_resume(rows, [*device, *few]))
     for amp in ("off", "bf16", "fp16") if args.device == "cuda" else ("off", "bf16"):
-        out = args.work / f"textures-{amp}"
-        run = [*TRAIN, *device, *few, "--amp", amp, "--resume", "--out", out]
-        rows(f"textures, --amp {amp}", lambda run=run, out=out: rows.run(*run) and last_row(out))
-    run = [*TRAIN, "--device", "cpu", "--amp", "off", *few, "--resume", "--out", args.work / "textures-cpu"]
-    rows("textures on this CPU, float32", lambda: rows.run(*run) and last_row(args.work / "textures-cpu"))
-    for count in (1, 2):
-        words = ["python", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", HERE / "train.py"]
-        words += [*device, *few, "--epochs", "2", "--resume", "--out", args.work / f"torchrun-{count}"]
-        rows(f"torchrun, {count} on one card", lambda words=words: rows.run(*words))
-
-    steps = "2" if args.quick else "40"
-    resnet = ["--recipe", "cifar10", *device, *tiny]
-    for batch in () if args.quick else (128, 512, 1024):
-        words = [*SPEED, steps, *resnet, "--warmup-epochs", "0", "--batch-size", batch]
-        rows(f"CIFAR ResNet-18, batch {batch}", lambda words=words: rows.run(*words, lines=2))
-    batch = [] if args.quick else ["--batch-size", "512"]
-    for amp in ("off", "auto"):
-        words = [*SPEED, steps, *resnet, *batch, "--amp", amp, "--alone", "eager"]
-        words += [] if args.quick else ["default", "reduce-overhead"]
-        rows(f"CIFAR ResNet-18, the step alone, --amp {amp}", lambda words=words: rows.run(*words, lines=3))
-    words = [*SPEED, "2" if args.quick else "10", *resnet, *batch, "--usual", min(16, os.cpu_count())]
-    rows("CIFAR ResNet-18, the usual way", lambda: rows.run(*words))
-    rows("images for ImageNet's recipe", lambda: write_noise(args.work, 64 if args.quick else 2048))
-    for source, name in ((args.work / "noise.npz", "tensors"), (args.work / "jpegs", "JPEGs")):
-        for amp in ("off", "auto"):
-            words = [*SPEED, steps, source, "--recipe", "imagenet", *device, *tiny, "--amp", amp]
-            words += [] if args.quick else ["--batch-size", "256", "--workers", min(16, os.cpu_count())]
-            rows(f"ImageNet ResNet-50, {name}, --amp {amp}", lambda words=words: rows.run(*words, lines=2))
-
-    cifar = args.work / "cifar10"
-    words = [*TRAIN, data, "--recipe", "cifar10", *device, *tiny, "--resume", "--out", cifar]
-    words += ["--epochs", args.epochs, *([] if args.quick else ["--batch-size", "512"])]
-    while not last_row(cifar).startswith(f"epoch {args.epochs},") and time.monotonic() < rows.ends:
-        rows.run(*words)  # at the end of the time a signal saves, and the next call goes on
-    if last_row(cifar).startswith(f"epoch {args.epochs},"):
-        rows(f"CIFAR-10, {args.epochs} epochs", lambda: last_row(cifar))
-        words = ["python", HERE / "eval.py", cifar, *device]
-        rows(f"CIFAR-10, {args.epochs} epochs, kNN and linear probe", lambda: rows.run(*words, lines=5))
-    else:
-        print(f"| CIFAR-10, on its way | {last_row(cifar)} |")
+        flags = [*device, "--amp", amp, *few]
+        rows.measure(f"textures, --amp {amp}", lambda: train_textures(rows, f"textures-{amp}", flags))
+    flags = ["--device", "cpu", "--amp", "off", *few]
+    rows.measure("textures, on this CPU, float32", lambda: train_textures(rows, "textures-cpu", flags))
+    count = torch.cuda.device_count()
+    if count > 1:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", TRAIN]
+        rows.command(f"torchrun, {count} cards", *words, "--resume", "--out", work / "torchrun", lines=2)
+    measure_speed(rows, device, args.quick)
+    tiny = "--arch convnet --width 2 --dim 16 --hidden 16 --batch-size 16".split()
+    train_cifar(rows, [data, *device, *(tiny if args.quick else ["--batch-size", "512"])], args.epochs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How fast is a step, and what takes its time? Beside it the usual way: PIL transforms in a DataLoader, float32.
+"""How fast is a step, and what takes its time? Beside it the usual way: PIL and DataLoader, float32.
 
     python .github/speed.py 40                                       # 40 steps of the `textures` recipe
     python .github/speed.py 4 --arch resnet18 --dim 2048 --hidden 2048 --batch-size 128
-    python .github/speed.py 40 --usual 0 2                           # the usual way, with 0 and with 2 workers
-    python .github/speed.py 40 --alone eager default reduce-overhead # the model's step on views made once: eager, and
-                                                                     # compiled without and with CUDA graphs
+    python .github/speed.py 40 --usual 0 2                            # the usual way, with 0 and 2 workers
+    python .github/speed.py 40 --alone eager default reduce-overhead  # the model's step alone: eager,
+                                                                      # compiled, and with CUDA graphs
 
 Other words are flags of train.py. A speed is a ratio: run the two in turns on one machine.
 """
@@ -50,18 +50,23 @@ class TwoViews(Dataset):
 
 def usual(trainer: train.Trainer, steps: int, workers: int) -> None:
     batch = trainer.args.batch_size
-    loader = DataLoader(TwoViews(trainer.images), batch, shuffle=True, drop_last=True, num_workers=workers)
+    loader = DataLoader(
+        TwoViews(trainer.images), batch, shuffle=True, drop_last=True,
+        num_workers=workers, persistent_workers=workers > 0,
+    )  # fmt: skip
+    warm = WARM + 2 * workers  # what the workers have made ahead does not count
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     model = train.build_model(trainer.args).to(trainer.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
-    for step, (x1, x2) in enumerate(itertools.islice(batches, WARM + steps)):
-        if step == WARM:
+    for step, (x1, x2) in enumerate(itertools.islice(batches, warm + steps)):
+        if step == warm:
+            wait_for_gpu()
             began = time.perf_counter()
         loss = simsiam_loss(*model(x1.to(trainer.device), x2.to(trainer.device)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    float(loss)  # waits for a GPU
+    wait_for_gpu()
     print(f"the usual way, {workers} workers: {batch * steps / (time.perf_counter() - began):.1f} images/s")
 
 
@@ -69,7 +74,8 @@ def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
     """Forward, backward and optimizer on views that are there already: what no data path can be faster than."""
     args = trainer.args
     shape = (args.batch_size, 3, args.image_size, args.image_size)
-    x1, x2 = (torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    x1 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
+    x2 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
     model = trainer.model if mode == "eager" else torch.compile(trainer.model, mode=mode)
 
     def step() -> None:
@@ -83,38 +89,41 @@ def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
         simsiam_loss(*trainer.model(x1[:4], x2[:4])).backward()
     work = counter.get_total_flops() / 4 * args.batch_size
     seconds = timed(step, steps)
-    a = torch.randn(4096 if args.device == "cuda" else 1024, 4096, device=args.device, dtype=trainer.amp or torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions
+    size = (4096 if args.device == "cuda" else 1024, 4096)
+    a = torch.randn(size, device=args.device, dtype=trainer.amp or torch.float32)
     product = 2 * a.shape[0] ** 2 * a.shape[1] / timed(lambda: a @ a.T, 20)
     share = work / seconds / product
-    print(f"the step alone, {mode}: {args.batch_size / seconds:.1f} images/s, {share:.0%} of a matrix product's "
-          f"{product / 1e12:.2f} TFLOP/s")  # fmt: skip
+    rate = args.batch_size / seconds
+    print(f"alone, {mode}: {rate:.1f} images/s, {share:.0%} of a product's {product / 1e12:.2f} TFLOP/s")
 
 
-def timed(call: Callable[[], object], count: int) -> float:
+def timed(call: Callable[[], object], count: int, warm: int = WARM) -> float:
     """Seconds a call."""
-    for _ in range(WARM):
+    for _ in range(warm):
         call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    wait_for_gpu()
     began = time.perf_counter()
     for _ in range(count):
         call()
+    wait_for_gpu()
+    return (time.perf_counter() - began) / count
+
+
+def wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - began) / count
 
 
 def parts(trainer: train.Trainer, steps: int) -> None:
     """The same calls as in Trainer.update, one after the other, each with its time."""
     args = trainer.args
-    cuda = trainer.device.type == "cuda"
     spent: collections.Counter[str] = collections.Counter()
     last = time.perf_counter()
 
     def mark(part: str) -> None:
         nonlocal last
-        if cuda:
-            torch.cuda.synchronize()  # kernels run behind Python's back
+        wait_for_gpu()  # kernels run behind Python's back
         now = time.perf_counter()
         spent[part] += now - last
         last = now
@@ -160,10 +169,12 @@ def main() -> None:
     if own.usual or own.alone:
         return
     batches = trainer.batches()
-    seconds = timed(lambda: trainer.update(*next(batches)), own.steps)
+    ahead = 0 if images.in_memory else 2 * args.workers  # batches that the workers have made
+    seconds = timed(lambda: trainer.update(*next(batches)), own.steps, WARM + ahead)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if args.device == "cuda" else ""
     dtype = trainer.amp or torch.float32
-    print(f"{Path(args.data).name}, {args.arch}, batch {args.batch_size}, {dtype}: {args.batch_size / seconds:.1f} images/s{memory}")
+    what = f"{Path(args.data).name}, {args.arch}, batch {args.batch_size}, {dtype}"
+    print(f"{what}: {args.batch_size / seconds:.1f} images/s{memory}")
     trainer.step = 0
     parts(trainer, own.steps)
 
