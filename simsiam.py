@@ -317,7 +317,7 @@ def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
 
 
 def in_one_copy(parts: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors (n,), each of its own length and dtype, on a device. One copy of all takes as long as of one."""
+    """Tensors (n,), each of its own length and dtype, on a device, in the time that a copy of one takes."""
     whole = torch.cat([part.float() for part in parts])  # float32 is exact for indices, up to 2**24 of them
     pieces = to_device(whole, device).split([len(part) for part in parts])
     return [piece.to(part.dtype) for piece, part in zip(pieces, parts)]
