@@ -1444,7 +1444,7 @@ def test_a_step_that_does_not_fit_into_memory_is_not_begun(small_textures, capsy
                 module.register_forward_hook(lambda m, x, y: outputs.append(outputs.pop() + 4 * y.numel()))
         t.model(*torch.randn(2, t.args.batch_size, 3, t.args.image_size, t.args.image_size))
         expected = outputs[-1]
-        assert 1 < train.memory_of_a_step(t) / expected < 1.6, flags  # and x, and gradients on their way
+        assert 1.2 < train.memory_of_a_step(t) / expected < 1.8, flags  # and x, and a fifth for gradients on their way
     monkeypatch.setattr(train, "free_memory", lambda device: expected / 4)
     line = fails([*SMALL, "--image-size", 64, "--out", "run"], capsys)
     batch = re.search("--batch-size ([0-9]+)", line)[1]

@@ -1482,7 +1482,7 @@ def check_memory(trainer: Trainer) -> float:
 
 
 def memory_of_a_step(trainer: Trainer) -> float:
-    """Bytes that the network keeps for the backward pass of this rank's batch, measured on a few images."""
+    """Bytes for the forward and backward pass of this rank's batch, measured on a few images."""
     args = trainer.args
     kept: dict[int, int] = {}
 
@@ -1500,7 +1500,8 @@ def memory_of_a_step(trainer: Trainer) -> float:
                 trainer.model.eval()(x, x.clone())
         counts.append(sum(kept.values()))
     an_image = (counts[1] - counts[0]) / 2  # without the weights, which are kept once
-    return an_image * args.batch_size * args.pairs / trainer.world
+    # A fifth more for gradients on their way: ResNet-50 at batch 16 keeps 2.6 GB, and grew by 3.1.
+    return 1.2 * an_image * args.batch_size * args.pairs / trainer.world
 
 
 def free_memory(device: torch.device) -> float:
