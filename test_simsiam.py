@@ -1896,6 +1896,15 @@ def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(flags, small_tex
     assert knn_predict(features, features, torch.zeros(200, dtype=torch.long, device="meta")).device.type == "meta"
 
 
+@pytest.mark.parametrize("device, expected", [("cuda", ["pinned", True]), ("mps", [False]), ("cpu", [True])])
+def test_a_copy_to_a_gpu_is_from_pinned_memory_and_only_apples_is_waited_for(device, expected):
+    seen = []
+    x = types.SimpleNamespace(device=CPU, to=lambda device, non_blocking: seen.append(non_blocking))
+    x.pin_memory = lambda: seen.append("pinned") or x
+    simsiam.to_device(x, torch.device(device))
+    assert seen == expected
+
+
 def test_a_gpu_is_waited_for_every_50_steps_and_at_the_end_of_an_epoch(small_textures, monkeypatch):
     checked, told = [], []
     monkeypatch.setattr(train, "check_finite", lambda t: checked.append(t.step))
