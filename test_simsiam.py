@@ -133,7 +133,8 @@ def command(*argv, ok=True, **kwargs):
 
 
 def heed_signals():
-    for number in train.SIGNALS:  # a shell's background job is started with SIGINT ignored, and we respect that
+    # a shell's background job is started with SIGINT ignored, and we respect that
+    for number in train.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -409,7 +410,8 @@ def test_the_CIFAR_stem_keeps_all_pixels():
     net.layer1.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[-2:]))
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 512)
     assert sizes == [(32, 32)] and isinstance(net.maxpool, nn.Identity)
-    assert net.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)  # as ResNet's others
+    # as ResNet's others
+    assert net.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)
 
 
 def test_the_convnet_is_six_convolutions_and_a_mean_over_pixels():
@@ -537,7 +539,8 @@ def test_brightness_and_contrast_are_drawn_for_each_image_in_their_ranges():
 def test_saturation_and_hue_are_drawn_for_each_image_in_their_ranges_and_gray_is_a_fifth():
     """App. A: saturation 0.6 to 1.4, hue -0.1 to 0.1, gray with probability 0.2."""
     image = torch.full((3, 2, 2), 0.4)
-    image[:, 0, 0], image[:, 1] = 0.5, torch.tensor([0.5, 0.4, 0.4]).view(3, 1)  # one pixel bright, two are red
+    # one pixel bright, two are red
+    image[:, 0, 0], image[:, 1] = 0.5, torch.tensor([0.5, 0.4, 0.4]).view(3, 1)
     x = recolored(image)
     bright, plain, red = x[:, :, 0, 0, 0], x[:, :, 0, 0, 1], x[..., 1, 0]
     chroma = red.amax(dim=2) - red.amin(dim=2)
@@ -588,7 +591,8 @@ def cut(count=2000, crop_min=0.2):
     image = torch.full((3, 32, 32), 50, dtype=torch.uint8)
     image[:, :, 16:] = 200
     views = torch.stack(train.two_views(image.expand(count, -1, -1, -1), 32, crop_min, 0.0))[:, :, 0]
-    middle = (views.amax(dim=(2, 3)) + views.amin(dim=(2, 3)))[..., None, None] / 2  # whatever its brightness is
+    # whatever its brightness is
+    middle = (views.amax(dim=(2, 3)) + views.amin(dim=(2, 3)))[..., None, None] / 2
     white = (views > middle).float()
     return white.mean(dim=(2, 3)), white[..., -1].mean(dim=2) > white[..., 0].mean(dim=2)
 
@@ -861,9 +865,11 @@ def test_every_epoch_is_another_permutation_cut_over_the_ranks():
     assert one != two and set(one) != set(two)
     halves = [epoch(0, rank, 2).tolist() for rank in (0, 1)]
     assert not set(halves[0]) & set(halves[1]) and sorted(sum(halves, [])) == sorted(one)
-    keys = [[key for key, _ in train.schedule(50, 10, seed, range(10))] for seed in (0, 1)]  # of a file's crops
+    # of a file's crops
+    keys = [[key for key, _ in train.schedule(50, 10, seed, range(10))] for seed in (0, 1)]
     assert all(len(set(k[:5])) == len(set(k[5:])) == 1 for k in keys) and len({*keys[0], *keys[1]}) == 4
-    whole = [i.tolist() for _, i in train.schedule(50, 10, 7, range(12))]  # it goes on in the middle of an epoch
+    # it goes on in the middle of an epoch
+    whole = [i.tolist() for _, i in train.schedule(50, 10, 7, range(12))]
     assert whole[8:] == [i.tolist() for _, i in train.schedule(50, 10, 7, range(8, 12))]
     assert [2 * i for i in whole] == [i.tolist() for _, i in train.schedule(50, 10, 7, range(12), pairs=2)]
 
@@ -898,7 +904,8 @@ def test_mean_and_std_are_those_of_the_pixels_that_are_trained_on_or_the_flags(s
         pixels = images.source.double().div(255).transpose(0, 1).flatten(1)
         for part in (images, test):
             assert part.mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
-            assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)  # not per image
+            # not per image
+            assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)
     for part in train.load_data(args_of(*"--mean 0.1 0.9 1 --std 0.4 0.5 0.6".split())):
         assert (part.mean, part.std) == ([0.1, 0.9, 1.0], [0.4, 0.5, 0.6])
     train.main([*SMALL, "--epochs", "1", "--out", "run"])
@@ -1253,7 +1260,8 @@ def test_broken_files_are_named_and_left_out_and_no_other_decoder_sees_one(tmp_p
     images, _ = load_folder(root)
     told = capsys.readouterr().err
     assert len(images) == 16 == len(images.labels) and "7 files" in told
-    assert all(name in told for name in ("empty.jpg", "float.tiff", "gif.png", "half.jpg", "notes.png"))  # five of them
+    # five of them
+    assert all(name in told for name in ("empty.jpg", "float.tiff", "gif.png", "half.jpg", "notes.png"))
     assert images.source == sorted(images.source)
     for path in (root / "val").glob("*/*"):
         path.write_bytes(b"no image")
@@ -1473,7 +1481,8 @@ def test_a_long_epoch_is_heard_of_in_a_log(capsys, monkeypatch):
 def test_all_ranks_hold_the_same_kNN_for_on_gpus_votes_round_either_way(small_textures, monkeypatch):
     t, test = trainer_of(args_of(*SMALL))
     own, over_ranks = train.monitor(t, test, knn=True)[1], train.over_ranks
-    another = lambda x, op: torch.maximum(over_ranks(x, op), torch.tensor(199))  # has one right that this one lacks
+    # has one right that this one lacks
+    another = lambda x, op: torch.maximum(over_ranks(x, op), torch.tensor(199))
     monkeypatch.setattr(train, "over_ranks", another)
     assert own < 0.9 and train.monitor(t, test, knn=True)[1] == 199 / 200
 
@@ -1498,7 +1507,8 @@ def test_the_best_by_kNN_is_kept_but_not_by_the_test_images(small_textures, caps
     knn = [row["knn"] for row in rows("run")]
     best = torch.load("run/checkpoint-best.pt", weights_only=True)
     assert len(best["history"]) == knn.index(max(knn)) + 1
-    copies, keep = [], train.keep_copies  # before the checkpoint: a run killed between the two repeats this one
+    # before the checkpoint: a run killed between the two repeats this one
+    copies, keep = [], train.keep_copies
     monkeypatch.setattr(train, "save", lambda t, name="checkpoint.pt": copies.append((name, t.step)))
     train.main([*SMALL, "--keep-every", "2", "--out", "order"])
     assert copies == [("checkpoint.pt", 0), ("checkpoint.pt", 5), ("checkpoint-0002.pt", 10), ("checkpoint.pt", 10)]
@@ -1539,7 +1549,8 @@ def test_advice_names_collapse_and_not_a_healthy_run():
     for run in (healthy_, hidden_bn):
         assert all(told(*run[: i + 1]) == "" for i in range(len(run)))
     for run in (
-        [(-0.68, 0.66), (-0.88, 0.44)], [(-0.68, 0.64), (-0.83, 0.54)],  # without the stop-gradient: by epoch 2
+        # without the stop-gradient: by epoch 2
+        [(-0.68, 0.66), (-0.88, 0.44)], [(-0.68, 0.64), (-0.83, 0.54)],
         [(-0.91, 0.15)], [(-0.86, 0.46), (-0.93, 0.23)],  # and without BN on z; no BN in the heads
     ):  # fmt: skip
         assert told(*run).startswith("collapse: ") and "stop-gradient" in told(*run)
@@ -1583,7 +1594,8 @@ def test_training_reports_what_it_measures(small_textures, capsys):
     lr = [0.4 * 100 / 256 * (1 + math.cos(math.pi * step / 15)) / 2 for step in (4, 9, 14)]  # the encoder's
     assert [row["lr"] for row in (one, two, three)] == pytest.approx(lr)
     checkpoint = torch.load("runs/textures/checkpoint.pt", weights_only=True)
-    assert not {"out", "device", "workers", "resume"} & checkpoint["args"].keys()  # of the machine, not of the run
+    # of the machine, not of the run
+    assert not {"out", "device", "workers", "resume"} & checkpoint["args"].keys()
     assert all(k.split(".")[0] in ("backbone", "projector", "predictor") for k in checkpoint["model"])
     build_backbone("convnet", width=2)[0].load_state_dict(checkpoint["backbone"], strict=True)
 
@@ -1607,7 +1619,8 @@ def test_speed_and_time_left_are_those_of_the_clock(small_textures, capsys, monk
         train.main([*SMALL, "--batch-size", "150", "--epochs", "4", "--out", "parts"])
     train.main(["--resume", "--out", "parts"])
     assert rows("parts")[2]["images_per_second"] == pytest.approx(75)  # 150 images in two seconds
-    assert [row["step"] for row in rows("parts")] == [3, 6, 9, 12]  # what is left of 500 waits for another epoch
+    # what is left of 500 waits for another epoch
+    assert [row["step"] for row in rows("parts")] == [3, 6, 9, 12]
     t = trainer("--epochs", "4", "--out", "other")
     t.images.source[0] += 1  # another CPU may round a pixel of these images another way
     assert t.images.fingerprint() == t.fingerprint
@@ -1684,7 +1697,8 @@ def test_kNN_and_rank_are_those_of_all_test_images_against_the_training_set(smal
     assert train.monitor(t, test, knn=False) == (pytest.approx(erank, rel=1e-4), None)
     sorted_ = train.Images(torch.cat([test.source[:1].expand(300, -1, -1, -1), test.source]), None, 32)
     sorted_.mean, sorted_.std = test.mean, test.std
-    assert train.monitor(t, sorted_, knn=False)[0] > 1.5  # of images from all classes, one of which comes first
+    # of images from all classes, one of which comes first
+    assert train.monitor(t, sorted_, knn=False)[0] > 1.5
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1864,7 +1878,8 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-META = torch.device("meta")  # has shapes and no numbers: what a CPU's tensor meets it raises, and so does reading one
+# has shapes and no numbers: what a CPU's tensor meets it raises, and so does reading one
+META = torch.device("meta")
 VARIANTS = ["", "--amp bf16", "--no-stop-gradient", "--predictor none", "--predictor fixed --affine", "--bn none", "--alternate 2"]
 VARIANTS += ["--asymmetric --pairs 2", "--blur 0.5 --similarity cross-entropy", "--eta-momentum 0.8 --predictor none"]
 
@@ -2014,12 +2029,14 @@ def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys
     bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
     picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
     place = {x.numpy().tobytes(): j for j, x in enumerate(images.source)}
-    for row, i in enumerate(torch.linspace(0, 199, 10).long()):  # a test image on the left, a gap, its nearest
+    # a test image on the left, a gap, its nearest
+    for row, i in enumerate(torch.linspace(0, 199, 10).long()):
         assert torch.equal(tiles[row, 0], test.source[i]) and (tiles[row, 1] == 255).all()
         nearest = torch.tensor([place[x.numpy().tobytes()] for x in tiles[row, 2:]])
         cosine = F.cosine_similarity(queries[i][None], bank)
         torch.testing.assert_close(cosine[nearest], cosine.topk(8).values, rtol=0, atol=1e-5)
-        frames = picture[:, 22 + 124 * row, 56 + 108 * torch.arange(2, 10)]  # green over the right class, else red
+        # green over the right class, else red
+        frames = picture[:, 22 + 124 * row, 56 + 108 * torch.arange(2, 10)]
         assert torch.equal(frames[1] > frames[0], images.labels[nearest] == test.labels[i])
 
 
@@ -2040,7 +2057,8 @@ def test_size_mean_and_std_are_the_checkpoints_and_crops_and_lr_the_flags(small_
     args, _ = evaluation.get_args(["run/checkpoint.pt"])
     assert (args.image_size, args.mean, args.std) == (24, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert (args.data, args.arch, args.width, args.crop_min) == ("textures", "convnet", 2, 0.3)
-    assert evaluation.get_args(["run/checkpoint.pt", "linear", "--official"])[0].crop_min == 0.08  # the authors'
+    # the authors'
+    assert evaluation.get_args(["run/checkpoint.pt", "linear", "--official"])[0].crop_min == 0.08
     asked, crops, fitted, fit = [], evaluation.crops, [], evaluation.fit
     monkeypatch.setattr(evaluation, "crops", lambda *args: asked.append(args[2]) or crops(*args))
     monkeypatch.setattr(evaluation, "fit", lambda *args, **options: fitted.append((args[0], args[4])) or fit(*args, **options))
@@ -2048,7 +2066,8 @@ def test_size_mean_and_std_are_the_checkpoints_and_crops_and_lr_the_flags(small_
         evaluation.main(["run/checkpoint.pt", *task.split(), "--epochs", "1"])
     assert asked == [0.5, 0.5] and fitted[-1][1] == 0  # what is given counts, 0 too
     standardized, raw = fitted[0][0], fitted[1][0]
-    assert kinds(standardized) == [BN, LINEAR] and kinds(raw) == ["Identity", LINEAR]  # --official: as the authors' code
+    # --official: as the authors' code
+    assert kinds(standardized) == [BN, LINEAR] and kinds(raw) == ["Identity", LINEAR]
     bank = 1e-4 * torch.randn(1000, 4)  # an untrained network's features are small
     assert evaluation.new_classifier(bank, 3, 0)[0](bank).std(dim=0).tolist() == pytest.approx([1] * 4, rel=0.01)
     flags = ["--holdout", "--seed", "5", "--data-dir", "elsewhere"]
@@ -2180,7 +2199,8 @@ def test_the_lr_of_a_protocol_is_scaled_by_its_batch_and_falls_by_half_a_cosine(
     steps = epochs * (500 // batch)
     assert f"{epochs} epochs of {500 // batch} steps" in out
     assert len(runs[-1]) == steps and len(runs) == 1 + ("finetune" in task)
-    assert len(runs) == 1 or runs[0][0] == pytest.approx(batch / 256)  # the head alone comes first, as in the probe
+    # the head alone comes first, as in the probe
+    assert len(runs) == 1 or runs[0][0] == pytest.approx(batch / 256)
     for step, lr in enumerate(runs[-1]):
         assert lr == pytest.approx(peak * (1 + math.cos(math.pi * step / steps)) / 2)
 
@@ -2405,7 +2425,8 @@ def test_features_and_neighbours_need_no_labels(tmp_path, capsys):
     assert len(written["train"]["features"]) == 13 and written["train"]["labels"] is None
     picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))  # 16 pixels, each 6 x 6
     row = picture[:, 24:120, 8:]
-    assert not torch.equal(row[..., :96], row[..., 216:312])  # of training images alone, none is its own neighbour
+    # of training images alone, none is its own neighbour
+    assert not torch.equal(row[..., :96], row[..., 216:312])
     capsys.readouterr()
     evaluation.main(["run", "neighbors", str(root / "dog/3.png")])
     path, *nearest = capsys.readouterr().out.splitlines()[-7:-1]
@@ -2584,7 +2605,8 @@ def test_a_resumed_run_keeps_its_recipe_and_says_both_values(small_textures, cap
     torch.save(content | dict(data=[499, content["data"][1]]), "run/checkpoint.pt")
     assert "500 images, not the 499" in fails(["--resume", "--out", "run"], capsys)
     Path("run/checkpoint.pt").unlink()
-    line = fails(["--resume", "--out", "run"], capsys)  # metrics of a run whose checkpoint is gone are not overwritten
+    # metrics of a run whose checkpoint is gone are not overwritten
+    line = fails(["--resume", "--out", "run"], capsys)
     assert "in use" in line and len(rows("run")) == 1
     Path("run/checkpoint.pt").symlink_to("/nowhere/checkpoint.pt")
     assert "not there" in fails(["--resume", "--out", "run"], capsys)
@@ -2624,7 +2646,8 @@ def test_damaged_and_hostile_checkpoints_are_refused_in_one_line_and_never_execu
     with zipfile.ZipFile(pretrained, "w") as bomb:
         bomb.writestr("archive/version", "3")
         bomb.writestr("archive/data/0", bytes(10**6), zipfile.ZIP_DEFLATED)
-    assert "ValueError" in fails([pretrained, "--data", "textures"], capsys, evaluation.main)  # not unpacked at all
+    # not unpacked at all
+    assert "ValueError" in fails([pretrained, "--data", "textures"], capsys, evaluation.main)
     for i in range(0, 100, 7):  # a flipped bit is refused, or hit nothing that counts
         damaged = bytearray(whole)
         damaged[len(whole) * i // 100 + i] ^= 1 << i % 8
@@ -2805,7 +2828,8 @@ def test_a_worker_that_dies_of_the_signal_costs_no_step_and_another_process_may_
     def cut_off(self):
         for step, batch in enumerate(batches(self)):
             if step == 7:
-                assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's would raise within an update
+                # torch's would raise within an update
+                assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
             yield batch
