@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam import ARCHS, build_backbone, crop_and_flip, knn_predict, to_device, unit
+from simsiam import build_backbone, crop_and_flip, knn_predict, to_device, unit
 from train import (
-    ARRAYS, RECIPES, Images, Progress, extract_features, fail, find_images, in_range, learning_rate,
+    ARRAYS, Images, Progress, extract_features, fail, find_images, in_range, learning_rate,
     load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint, recipe_of,
     save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
@@ -220,7 +220,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         part.move_to(torch.device(args.device))
     options = dict(device=args.device, workers=args.workers)
     bank = extract_features(backbone, train, **options)  # (M, D)
-    features = extract_features(backbone, shown, **options)  # (N, D)
+    features = bank if test is None else extract_features(backbone, test, **options)  # (N, D)
     if not (bank.isfinite().all() and features.isfinite().all()):
         fail(f"{args.checkpoint} gives features that are not finite: take another checkpoint", status=1)
     counts = f"{len(train)} training images, {'no' if test is None else len(test)} test images"
@@ -426,7 +426,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("pictures", nargs="*", metavar="PICTURE", help="of predict and neighbors: files or folders")
     flag("--untrained", action="store_true", help="the checkpoint's network as it was drawn, to compare")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
-    flag("--recipe", choices=[*RECIPES], help="network and sizes where no checkpoint says them")
     flag("--labels-per-class", type=many, metavar="N", help="use so many of the labels only")
     flag("--k", type=many, default=200, help="neighbours (default: 200)")
     flag("--temperature", type=in_range(float, 0.001, 100), default=0.2, help="of their votes (default: 0.2)")
@@ -436,13 +435,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--base-lr", type=rate, help="for a batch of 256 (default: linear 1, --official 30, finetune 0.1)")
     crop = in_range(float, 0.01, 1)
     flag("--crop-min", type=crop, help="of crops (default: as pretrained; --official 0.08)")
-    # for files that do not say it, and for 'random'
-    flag("--arch", choices=ARCHS, metavar="ARCH")
-    flag("--stem", choices=["imagenet", "cifar"])
-    flag("--width", type=in_range(int, 1, 1024), default=16)
-    flag("--image-size", type=in_range(int, 8, 4096))
-    flag("--mean", type=in_range(float, 0, 1), nargs=3)
-    flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
     flag("--save", metavar="FILE", help="linear and finetune: write the classifier, for predict")
     flag("--features", metavar="FILE", help="write features, labels and file names of all images")
     flag("--json", metavar="FILE", help="append a line of JSON for each task")

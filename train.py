@@ -76,9 +76,8 @@ FASHION = TEXTURES | dict(  # ours, for 40 minutes on two CPU cores
     crop_min=0.4,  # the best of 0.2, 0.4 and 0.7 after two epochs with --holdout: kNN 78.2, 79.7, 78.4 %
 )
 SMALL = TEXTURES | dict(  # ours, for photographs of about 32 pixels on a laptop's CPU
-    # Chosen on CIFAR-10 re-encoded as JPEG, with --holdout, 13 epochs, seed 0, bf16: kNN 56.7 %, against
-    # 51.7 at batch 128 (dim and hidden 1024); 55.5 after 9 epochs at --crop-min 0.35, against 56.0; and 45.2
-    # after 11 of a residual network that costs as much. Batch 32 gave 57.7, and is an eighth slower.
+    # On CIFAR-10 re-encoded as JPEG, with --holdout, 13 epochs, seed 0, bf16: kNN 56.7 %, against 51.7 at
+    # batch 128 (dim and hidden 1024). Batch 32 gave 57.7, and is an eighth slower.
     width=32, epochs=40, batch_size=64, base_lr=0.24, knn_every=10,
 )
 RECIPES = {
@@ -879,7 +878,7 @@ def try_reading(path: str, limit: int) -> Tensor | None:
             if file.mode == "F":  # floats have no known range: they would turn black
                 return None
             if 3 * file.width * file.height <= limit:
-                return decode(path)
+                return upright_rgb(file)
             file.draft("RGB", (8, 8))  # reads all of a JPEG, but decodes it at an eighth: quicker by far
             ImageOps.exif_transpose(file)
             return torch.empty(0, dtype=torch.uint8)
@@ -902,21 +901,23 @@ def join_images(read: list[Tensor | None], fine: Tensor) -> Tensor | None:
     return over_ranks(images)[fine]
 
 
-def decode(path: str) -> Tensor:
-    """uint8 RGB (3, H, W), upright, from whatever the file holds: gray, palette, CMYK, 16 bits.
+def upright_rgb(file: Image.Image) -> Tensor:
+    """uint8 (3, H, W) from whatever a file holds: gray, palette, CMYK, 16 bits. White shines through."""
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16 bits; converted as they are, all above 255 would turn white
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return v2.functional.pil_to_tensor(image.convert("RGB"))
 
-    What is transparent shows white.
-    """
+
+def decode(path: str) -> Tensor:
+    """The same from a path that was readable when the training began. Raises OSError if it is no more."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits; converted as they are, all above 255 would turn white
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # it was readable when the training began
+            return upright_rgb(file)
+    except Exception as error:  # Pillow's plugins raise all kinds
         raise OSError(f"{path} can't be read any more ({error})") from error
 
 
@@ -994,15 +995,10 @@ def build_parser() -> argparse.ArgumentParser:
     many = in_range(int, 1, 10**6)
     names = f"{', '.join(DATASETS)}, a folder, or a .npz file (default: textures)"
     flag("data", nargs="?", metavar="DATA", help=names)
-    usual = "default: DATA's own; a folder's: imagenet, a .npz file's: small"
-    flag("--recipe", choices=[*RECIPES], help=usual)
     flag("--out", help="for the results (default: runs/DATA, or the next free runs/DATA-2, ...)")
     flag("--resume", action="store_true", help="go on with the run in --out, or the latest; else begin it")
     flag("--init", metavar="CHECKPOINT", help="begin with the weights of another run, a folder or file")
     # model
-    flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, or a ResNet of torchvision by name")
-    flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
-    flag("--width", type=in_range(int, 1, 1024), default=16, help="of the convnet's first layer; 16")
     flag("--dim", type=size, help="output dimension d (App. B)")
     flag("--hidden", type=size, help="width of the projector's hidden layers (Sec. 3)")
     flag("--layers", type=in_range(int, 1, 16), help="of the projector: 3 (Sec. 3), 2 (App. D)")
@@ -1014,9 +1010,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--warmup-epochs", type=count, help="default: 10 from batch 1024 on (Table 2)")
     flag("--decay-predictor-lr", action="store_true", help="cosine for h too (Table 1, baseline)")
     # images and augmentation
-    flag("--image-size", type=in_range(int, 8, 4096), help="side of a view in pixels")
-    flag("--mean", type=share, nargs=3, help="of the pixels (default: measured; recipe imagenet: ImageNet's)")
-    flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
     flag("--crop-min", type=in_range(float, 0.01, 1), help="smallest area of a crop, as a share (App. A)")
     flag("--blur", type=share, help="probability of the Gaussian blur (0.5 in the authors' code)")
     # the paper's ablations: all off by default
@@ -1063,6 +1056,15 @@ def start_parser(title: str, epilog: str = "") -> argparse.ArgumentParser:
         return name
 
     flag = parser.add_argument
+    usual = "default: DATA's own; a folder's: imagenet, a .npz file's: small"
+    flag("--recipe", choices=[*RECIPES], help=usual)
+    flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, or a ResNet of torchvision by name")
+    flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
+    flag("--width", type=in_range(int, 1, 1024), default=16, help="of the convnet's first layer; 16")
+    flag("--image-size", type=in_range(int, 8, 4096), help="side of a view in pixels")
+    measured = "of the pixels (default: measured; recipe imagenet: ImageNet's)"
+    flag("--mean", type=in_range(float, 0, 1), nargs=3, help=measured)
+    flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
     flag("--data-dir", default="data", help="for downloaded data sets (default: data)")
     flag("--holdout", action="store_true", help="test on a tenth of the training set, kept apart")
     flag("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="default: 0")
