@@ -1143,6 +1143,7 @@ def test_what_is_transparent_shows_white_without_a_warning(tmp_path, recwarn):
         drawing.convert(mode).save(f"{mode}.png")
         left, right = train.decode(f"{mode}.png")[:, 4, [1, 6]].unbind(1)
         assert left.tolist() == [255] * 3 and right.float().mean() < 100
+        assert torch.equal(train.try_reading(f"{mode}.png", 8 * 8 * 3), train.decode(f"{mode}.png"))  # what is kept
     half.save("half.png")
     assert train.decode("half.png").unique().tolist() == [127]
     palette = Image.new("P", (8, 8))
