@@ -458,7 +458,7 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
 
     kept = [*FIXED, "data_dir", "image_size", "crop_min"]  # the run's own seed and the like are not ours
     usual = recipe_of(data, args.recipe).items()
-    parser.set_defaults(**{name: value for name, value in usual if name in kept})
+    parser.set_defaults(**{name: value for name, value in usual if name in kept}, view_scale=1.0)
     official = ["--crop-min=0.08"] if args.official else []  # torchvision's default, which the authors use
     parser.error = lambda message: fail(f"{args.checkpoint} is damaged ({message}): take another one")
     trained = to_flags(saved, kept)

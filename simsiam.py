@@ -58,9 +58,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock
 
 Similarity = Callable[[Tensor, Tensor], Tensor]  # of p and z, both (N, d): a scalar to be minimized
-ARCHS = ["convnet", *models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])]
+RESNETS = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+ARCHS = ["convnet", "small-resnet", *RESNETS]
 
 # ------------------------------------------------------------------------------------------------
 # The loss
@@ -149,19 +151,37 @@ def convnet(width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = 3
     for out, stride in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]:
-        layers += [
-            nn.Conv2d(channels, out * width, kernel_size=3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(out * width),
-            nn.ReLU(inplace=True),
-        ]
+        layers += conv_bn_relu(channels, out * width, kernel_size=3, stride=stride)
         channels = out * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def small_resnet(width: int) -> nn.Sequential:
+    """A ResNet for 32x32 photographs and a laptop: (N, 3, H, W) to (N, 8 * width).
+
+    Ours as well. Three times a convolution that halves the map and a residual block, then a wide 1x1.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for out in (width, 2 * width, 4 * width):
+        block = BasicBlock(out, out)
+        nn.init.zeros_(block.bn2.weight)  # as zero_init_residual below
+        layers += [*conv_bn_relu(channels, out, kernel_size=3, stride=2), block]
+        channels = out
+    layers += conv_bn_relu(channels, 8 * width, kernel_size=1, stride=1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def conv_bn_relu(channels: int, out: int, kernel_size: int, stride: int) -> list[nn.Module]:
+    """(N, channels, H, W) to (N, out, H / stride, W / stride), rounded up."""
+    conv = nn.Conv2d(channels, out, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
 
 def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[nn.Module, int]:
     """A backbone without its classifier, and the length of its feature vector.
 
-    arch: "convnet" (of that `width`) or the name of any ResNet in torchvision ("resnet18", "resnet50").
+    arch: "convnet" or "small-resnet" (of that `width`), or the name of any ResNet in torchvision.
     stem: of a ResNet; "imagenet" for images of about 224 pixels, "cifar" for about 32.
     The ResNets keep torchvision's parameter names, so plain torchvision loads their state_dict, and
     only `fc` is missing (and with the CIFAR stem conv1 has its own shape). Raises ValueError on an
@@ -173,6 +193,8 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
         raise ValueError(f"unknown stem {stem!r}: choose imagenet or cifar")
     if arch == "convnet":
         return convnet(width), 8 * width
+    if arch == "small-resnet":
+        return small_resnet(width), 8 * width
 
     # zero_init_residual: the last BN of each block starts at 0, so each block starts as its shortcut
     # alone (App. A). It matters for stability, the authors say in issue 28 of their repository.

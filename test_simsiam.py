@@ -115,7 +115,8 @@ def trainer(*flags):
 def views_of(t, batch, step, rank=0):
     """x1 and x2 of a step, as Trainer.update makes them."""
     torch.manual_seed(train.seed_of(t.args.seed, step, rank))
-    views = train.two_views(batch, t.args.image_size, t.args.crop_min, t.args.blur)
+    size = round(t.args.image_size * t.args.view_scale)
+    views = train.two_views(batch, size, t.args.crop_min, t.args.blur)
     return [v2.functional.normalize(x, t.args.mean, t.args.std) for x in views]
 
 
@@ -422,6 +423,19 @@ def test_the_convnet_is_six_convolutions_and_a_mean_over_pixels():
     torch.testing.assert_close(net.eval()(x), net[:-2](x).mean(dim=(2, 3)))
 
 
+def test_the_small_resnet_is_three_halvings_a_residual_block_after_each_and_a_mean_over_pixels():
+    net, feature_dim = build_backbone("small-resnet", width=3)
+    stage = ["Conv2d", "BatchNorm2d", RELU, "BasicBlock"]
+    assert kinds(net) == stage * 3 + ["Conv2d", "BatchNorm2d", RELU, "AdaptiveAvgPool2d", "Flatten"]
+    x = torch.rand(2, 3, 32, 32)
+    assert net[:-2](x).shape == (2, 24, 4, 4) and net(x).shape == (2, feature_dim) == (2, 24)
+    torch.testing.assert_close(net.eval()(x), net[:-2](x).mean(dim=(2, 3)))
+    for i, width in ((3, 3), (7, 6), (11, 12)):  # each block begins as its shortcut alone
+        x = torch.rand(2, width, 5, 5)
+        torch.testing.assert_close(net[i](x), x)
+        assert net[i].bn1.weight.eq(1).all() and not net[i].bn2.weight.any()
+
+
 @pytest.mark.parametrize("build, match", [
     (lambda: build_backbone("resnet19"), "unknown arch 'resnet19': choose from convnet"),
     (lambda: build_backbone("resnet18", "small"), "unknown stem"),
@@ -703,20 +717,24 @@ PAPER = {  # Sec. 3 and App. A; App. D
     "photos": dict(
         arch="resnet50", stem="imagenet", image_size=224, layers=3, hidden=2048, dim=2048, predictor_hidden=None,
         epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4, warmup_epochs=0, crop_min=0.2, blur=0.5,
+        view_scale=1,
         mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], knn_every=10,
     ),
     "cifar10": dict(
         arch="resnet18", stem="cifar", image_size=32, layers=2, hidden=2048, dim=2048, predictor_hidden=None,
         epochs=800, batch_size=512, base_lr=0.03, weight_decay=5e-4, warmup_epochs=0, crop_min=0.2, blur=0.0,
-        mean=None, std=None, knn_every=10,
+        mean=None, std=None, knn_every=10, view_scale=1,
     ),
 }  # fmt: skip
 PAPER["cifar100"] = PAPER["cifar10"]
 PAPER["textures"] = dict(  # ours, after App. D: those of the README's results
     arch="convnet", width=16, image_size=32, layers=2, hidden=512, dim=512, epochs=20, batch_size=64, base_lr=0.4,
-    weight_decay=5e-4, crop_min=0.2, blur=0.0, mean=None, std=None, knn_every=5,
+    weight_decay=5e-4, crop_min=0.2, blur=0.0, mean=None, std=None, knn_every=5, view_scale=1,
 )  # fmt: skip
 PAPER["fashion-mnist"] = PAPER["textures"] | dict(crop_min=0.4, image_size=28, epochs=30, knn_every=10)
+PAPER["photos --recipe small"] = PAPER["textures"] | dict(
+    arch="small-resnet", width=32, view_scale=0.75, epochs=50, base_lr=0.24, knn_every=10
+)
 OFF = dict(  # the paper's method: Eq. 4, Table 1c, Table 3c
     no_stop_gradient=False, predictor="mlp", bn="default", affine=False, similarity="cosine", asymmetric=False,
     pairs=1, alternate=1, eta_momentum=0.0, decay_predictor_lr=False, seed=0, holdout=False, amp="auto",
@@ -725,10 +743,10 @@ OFF = dict(  # the paper's method: Eq. 4, Table 1c, Table 3c
 
 @pytest.mark.parametrize("data", PAPER)
 def test_recipes_are_the_papers_and_every_ablation_is_off(data):
-    args = vars(args_of(data))
+    args = vars(args_of(*data.split()))
     expected = OFF | PAPER[data]
     assert {name: args[name] for name in expected} == expected
-    assert args_of(data, "--crop-min", "0.5").crop_min == 0.5  # a flag is over the recipe
+    assert args_of(*data.split(), "--crop-min", "0.5").crop_min == 0.5  # a flag is over the recipe
 
 
 def test_warmup_is_ten_epochs_from_batch_1024_on():
@@ -784,7 +802,7 @@ def test_the_seed_is_that_of_the_weights_the_order_and_the_views(small_textures)
 def test_a_recipe_can_be_taken_for_other_data(tmp_path, capsys):
     root = write_folder(tmp_path / "photos")
     assert [args_of(root, "--recipe", name).arch for name in ("cifar10", "imagenet", "small")] == [
-        "resnet18", "resnet50", "convnet"
+        "resnet18", "resnet50", "small-resnet"
     ]  # fmt: skip
     args = args_of(root, "--recipe", "small", "--epochs", 3)  # a flag counts more
     assert (args.epochs, args.base_lr) == (3, train.RECIPES["small"]["base_lr"])
@@ -965,7 +983,7 @@ def test_a_npz_file_in_the_form_of_medmnist_is_a_data_set(capsys):
         for part, key in ((images, "train"), (test, name)):
             assert all(torch.equal(part.source[:, c], torch.tensor(made[f"{key}_images"])) for c in range(3))
             assert torch.equal(part.labels, torch.tensor(made[f"{key}_labels"])[:, 0])
-    assert args_of("med.npz").arch == "convnet" and args_of("med.npz").image_size == 32  # the recipe `small`
+    assert args_of("med.npz").arch == "small-resnet" and args_of("med.npz").image_size == 32  # the recipe `small`
     train.main(["med.npz", *FOLDER, "--knn-every", "1"])
     evaluation.main(["runs/med.npz", "knn", "--k", "3"])
     assert "knn (k=3, T=0.2)" in capsys.readouterr().out
@@ -1209,6 +1227,22 @@ def test_both_views_show_their_own_image(tmp_path):
             assert coloured.any() and ((turn + 0.5) % 1 - 0.5)[coloured].abs().max() < 0.15
 
 
+def test_views_can_be_smaller_than_what_is_tested_from_files_and_in_memory(tmp_path):
+    """Features, fine-tuning and the picture's first row have the whole size; views their share of it."""
+    write_folder(tmp_path / "photos")
+    for photos in (str(tmp_path / "photos"), "textures"):
+        args = args_of(photos, *FOLDER, "--image-size", 24, "--view-scale", 0.5)
+        t, test = trainer_of(args)
+        assert [x.shape[2:] for x in train.two_views(first(t)[0][0], t.images.view_size, 0.2, 0)] == [(12, 12)] * 2
+        sizes = []
+        t.model.backbone.register_forward_pre_hook(lambda module, x: sizes.append(tuple(x[0].shape[2:])))
+        t.update(*first(t)[0])
+        train.extract_features(t.model.backbone, test, CPU)
+        assert sizes[:2] == [(12, 12)] * 2 and set(sizes[2:]) == {(24, 24)}
+    train.main([photos, *FOLDER, "--epochs", "1", "--view-scale", "0.5", "--out", "run"])
+    assert evaluation.load_data(evaluation.get_args(["run"])[0])[0].view_size == 16
+
+
 def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones(tmp_path, from_files):
     ramp = torch.linspace(0, 255, 64).repeat(64, 1)
     write_image(tmp_path / "photos" / "a.png", torch.stack([ramp, ramp.T, 0 * ramp]).byte())
@@ -1313,6 +1347,7 @@ def test_learning_rate_starts_at_the_peak_halves_in_the_middle_and_ends_above_ze
     ("--similarity cross-entropy", lambda *x: equation_4(*x, entropy_loss)),
     ("--predictor none", equation_4),
     ("--predictor fixed --blur 0.5 --crop-min 0.5 --image-size 24", equation_4),
+    ("--view-scale 0.5", equation_4),
 ])  # fmt: skip
 def test_three_updates_are_sgd_written_out(small_textures, flags, loss):
     """Sec. 3: momentum 0.9, weight decay on everything, lr by batch / 256, cosine for f and constant for h."""
@@ -1445,13 +1480,14 @@ def test_eta_is_the_moving_average_of_an_images_projections(small_textures):
 def test_a_step_that_does_not_fit_into_memory_is_not_begun(small_textures, capsys, monkeypatch):
     """What the backward pass needs, counted by hand: the images, the outputs of all convolutions, Linears and BNs."""
     outputs = []
-    for flags in ("--batch-size 100", "--batch-size 400", "--batch-size 100 --image-size 64"):
+    for flags in ("--view-scale 0.5", "--batch-size 100", "--batch-size 400", "--batch-size 100 --image-size 64"):
         t = trainer(*flags.split())
         outputs.append(0)
         for module in t.model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
                 module.register_forward_hook(lambda m, x, y: outputs.append(outputs.pop() + 4 * y.numel()))
-        views = torch.randn(2, t.args.batch_size, 3, t.args.image_size, t.args.image_size)
+        size = round(t.args.image_size * t.args.view_scale)
+        views = torch.randn(2, t.args.batch_size, 3, size, size)
         t.model(*views)
         expected = 1.2 * (outputs[-1] + 4 * views.numel())  # a fifth for gradients on their way
         assert train.memory_of_a_step(t) == pytest.approx(expected, rel=0.05), flags
