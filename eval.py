@@ -249,7 +249,8 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         assert unchanged or task == "finetune", "the probe changed the backbone"
     if args.features:
         save_features(args.features, train=(bank, train), **({"test": (features, test)} if test else {}))
-    if not args.untrained and args.checkpoint != "pixels" and args.task != "finetune":
+    own = not (args.untrained or args.checkpoint == "pixels" or args.task == "finetune")
+    if own and not args.labels_per_class:  # neighbours by the run's features, among all of its images
         save_neighbors(train, shown, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
 

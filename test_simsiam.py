@@ -2075,6 +2075,9 @@ def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys
         # green over the right class, else red
         frames = picture[:, 22 + 124 * row, 56 + 108 * torch.arange(2, 10)]
         assert torch.equal(frames[1] > frames[0], images.labels[nearest] == test.labels[i])
+    whole = Path("run/neighbors.png").read_bytes()
+    evaluate(capsys, pretrained, "linear", "--epochs", "5", "--labels-per-class", 1)
+    assert Path("run/neighbors.png").read_bytes() == whole  # ten images are no data set to look for neighbours in
 
 
 def test_kNN_counts_every_test_image_by_the_networks_own_features_or_its_pixels(pretrained, capsys):
