@@ -1,8 +1,8 @@
-"""Pretrain SimSiam, on a laptop's CPU, one GPU or many.
+"""Pretrain SimSiam: in two minutes on two CPU cores, kNN on ten kinds of textures goes from 47 % to 96 %.
 
-    python train.py                                 # textures, built in: about two minutes on two CPU cores
+    python train.py                                 # that claim (float32, seed 0); no label is trained on
     python train.py --no-stop-gradient              # without the stop-gradient: watch it collapse
-    python train.py PHOTOS --recipe small           # a folder of images, on a laptop
+    python train.py PHOTOS --recipe small           # a folder of small images, on a laptop
     python train.py cifar10                         # App. D, for one GPU
     torchrun --nproc_per_node=8 train.py PHOTOS     # a folder of images, the ImageNet recipe, eight GPUs
     python train.py --resume                        # go on with the latest run exactly where it stopped
