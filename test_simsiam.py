@@ -1228,7 +1228,7 @@ def test_both_views_show_their_own_image(tmp_path):
 
 
 def test_views_can_be_smaller_than_what_is_tested_from_files_and_in_memory(tmp_path):
-    """Features, fine-tuning and the picture's first row have the whole size; views their share of it."""
+    """Features and fine-tuning have the whole size; views their share of it."""
     write_folder(tmp_path / "photos")
     for photos in (str(tmp_path / "photos"), "textures"):
         args = args_of(photos, *FOLDER, "--image-size", 24, "--view-scale", 0.5)

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from simsiam import (
-    ARCHS, SimSiam, augment, build_backbone, cross_entropy, effective_rank, knn_predict, negative_cosine,
-    recolor, simsiam_loss, spread, to_device,
+    ARCHS, RESNETS, SimSiam, augment, build_backbone, cross_entropy, effective_rank, knn_predict,
+    negative_cosine, recolor, simsiam_loss, spread, to_device,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -1205,11 +1205,10 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
         fail("--eta-momentum is for one process: leave out --alternate, --pairs, --similarity and torchrun")
     if args.no_stop_gradient and (args.eta_momentum or args.alternate > 1):
         fail("--no-stop-gradient: targets of --alternate and --eta-momentum have no gradient; use only one")
-    has_width = args.arch in ("convnet", "small-resnet")
     # A flag that would change nothing is a misunderstanding: better to hear of it than to wait for it.
     for flag, ignored, because in (
-        ("--width", not has_width, f"--arch {args.arch}"),
-        ("--stem", has_width, f"--arch {args.arch}"),
+        ("--width", args.arch in RESNETS, f"--arch {args.arch}"),
+        ("--stem", args.arch not in RESNETS, f"--arch {args.arch}"),
         ("--hidden", args.layers == 1, f"--layers {args.layers}"),
         ("--affine", args.bn in ("none", "hidden"), f"--bn {args.bn}"),
         ("--predictor-hidden", args.predictor == "none", f"--predictor {args.predictor}"),

@@ -33,7 +33,7 @@ class TwoViews(Dataset):
     def __init__(self, images: train.Images) -> None:
         self.images = [transforms.functional.to_pil_image(x.cpu()) for x in images.source]
         self.augment = transforms.Compose([
-            transforms.RandomResizedCrop(images.size, scale=(0.2, 1.0)),
+            transforms.RandomResizedCrop(images.view_size, scale=(0.2, 1.0)),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
@@ -73,7 +73,7 @@ def usual(trainer: train.Trainer, steps: int, workers: int) -> None:
 def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
     """Forward, backward and optimizer on views that are there already: what no data path can be faster than."""
     args = trainer.args
-    shape = (args.batch_size, 3, args.image_size, args.image_size)
+    shape = (args.batch_size, 3, trainer.images.view_size, trainer.images.view_size)
     x1 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
     x2 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
     model = trainer.model if mode == "eager" else torch.compile(trainer.model, mode=mode)
@@ -132,7 +132,8 @@ def parts(trainer: train.Trainer, steps: int) -> None:
         if step == WARM:
             spent.clear()
         mark("loading")
-        views = train.two_views(batch.to(trainer.device), args.image_size, args.crop_min, args.blur)
+        size = trainer.images.view_size
+        views = train.two_views(batch.to(trainer.device), size, args.crop_min, args.blur)
         x1, x2 = (train.normalize(x, args.mean, args.std) for x in views)
         mark("views")
         with torch.autocast(trainer.device.type, trainer.amp, enabled=trainer.amp is not None):
