@@ -427,6 +427,7 @@ def test_the_small_resnet_is_three_halvings_a_residual_block_after_each_and_a_me
     net, feature_dim = build_backbone("small-resnet", width=3)
     stage = ["Conv2d", "BatchNorm2d", RELU, "BasicBlock"]
     assert kinds(net) == stage * 3 + ["Conv2d", "BatchNorm2d", RELU, "AdaptiveAvgPool2d", "Flatten"]
+    assert [net[i].kernel_size for i in (0, 4, 8, 12)] == [(3, 3)] * 3 + [(1, 1)]
     x = torch.rand(2, 3, 32, 32)
     assert net[:-2](x).shape == (2, 24, 4, 4) and net(x).shape == (2, feature_dim) == (2, 24)
     torch.testing.assert_close(net.eval()(x), net[:-2](x).mean(dim=(2, 3)))
@@ -785,6 +786,15 @@ def test_arch_and_stem_reach_the_network():
     for arch, stem, kernel, width in (("resnet18", "cifar", 3, 512), ("resnet18", "imagenet", 7, 512), ("resnet50", "cifar", 3, 2048)):
         model = train.build_model(args_of("cifar10", "--arch", arch, "--stem", stem, "--dim", 8, "--hidden", 8))
         assert model.backbone.conv1.kernel_size == (kernel, kernel) and linears(model.projector)[0] == (width, 8)
+
+
+def test_width_is_of_our_own_networks_and_stem_of_a_ResNet(capsys):
+    for arch in ("convnet", "small-resnet"):
+        backbone = train.build_model(args_of(*SMALL, "--arch", arch, "--width", 3)).backbone
+        assert backbone[0].out_channels == 3
+        assert f"--stem changes nothing with --arch {arch}" in fails([*SMALL, "--arch", arch, "--stem", "cifar"], capsys)
+    line = fails(["textures", "--arch", "resnet18", "--width", 3], capsys)
+    assert "--width changes nothing with --arch resnet18" in line
 
 
 def test_the_seed_is_that_of_the_weights_the_order_and_the_views(small_textures):
@@ -1240,6 +1250,10 @@ def test_views_can_be_smaller_than_what_is_tested_from_files_and_in_memory(tmp_p
         train.extract_features(t.model.backbone, test, CPU)
         assert sizes[:2] == [(12, 12)] * 2 and set(sizes[2:]) == {(24, 24)}
     train.main([photos, *FOLDER, "--epochs", "1", "--view-scale", "0.5", "--out", "run"])
+    picture = v2.functional.pil_to_tensor(Image.open("run/views.png"))
+    for top, size in ((24, 16), (148, 8), (272, 8)):  # image, view 1, view 2: in tiles of 96 pixels
+        tile = picture[:, top : top + 96, 8:104].unflatten(2, (size, -1)).unflatten(1, (size, -1))
+        assert (tile == tile[:, :, :1, :, :1]).all()
     assert evaluation.load_data(evaluation.get_args(["run"])[0])[0].view_size == 16
 
 
