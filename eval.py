@@ -425,7 +425,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("checkpoint", metavar="CHECKPOINT", help=f"a run's folder, a file, or one of the words {words}")
     flag("task", nargs="?", choices=[*IGNORED], help="default: knn, then linear")
     flag("pictures", nargs="*", metavar="PICTURE", help="of predict and neighbors: files or folders")
-    flag("--untrained", action="store_true", help="the checkpoint's network as it was drawn, to compare")
+    flag("--untrained", action="store_true", help="the same network untrained, drawn with --seed, to compare")
     flag("--data", help="as in train.py (default: what the checkpoint was trained on)")
     flag("--labels-per-class", type=many, metavar="N", help="use so many of the labels only")
     flag("--k", type=many, default=200, help="neighbours (default: 200)")

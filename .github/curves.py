@@ -1,6 +1,7 @@
 """Draws loss, spread and kNN top-1 of runs over their epochs: the picture in the README.
 
-    python .github/curves.py "with stop-gradient=runs/with-0,runs/with-1" "without=runs/without-0" > .github/curves.svg
+    python .github/curves.py "with stop-gradient=runs/with-0,runs/with-1" "without=runs/without-0" \
+        > .github/curves.svg
 
 One argument a curve: its name, and the folders of its runs (one a seed). The line is the mean over seeds, the
 band reaches from the least to the greatest. Needs nothing but Python.
@@ -10,7 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-PANELS = [("loss", -1.0, 0.0, "loss (minimum -1)"), ("spread", 0.0, 1.0, "spread of z (collapsed: 0)"), ("knn", 0.0, 1.0, "kNN top-1")]
+PANELS = [
+    ("loss", -1.0, 0.0, "loss (minimum -1)"),
+    ("spread", 0.0, 1.0, "spread of z (collapsed: 0)"),
+    ("knn", 0.0, 1.0, "kNN top-1"),
+]
 COLORS, WIDTH, HEIGHT, GAP = ["#1b6ca8", "#c8401f", "#3a8a3e"], 250, 170, 60
 
 
@@ -18,25 +23,39 @@ def main() -> None:
     curves = []
     for argument in sys.argv[1:]:
         name, folders = argument.split("=", 1)
-        curves.append((name, [[json.loads(x) for x in Path(f, "metrics.jsonl").read_text().splitlines()] for f in folders.split(",")]))
+        files = [Path(folder, "metrics.jsonl") for folder in folders.split(",")]
+        runs = [[json.loads(x) for x in file.read_text().splitlines()] for file in files]
+        curves.append((name, runs))
     total = len(PANELS) * (WIDTH + GAP) + 10
-    print(f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{HEIGHT + 85}" font-family="sans-serif" font-size="12">')
+    print(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{HEIGHT + 85}" '
+        'font-family="sans-serif" font-size="12">'
+    )
     print('<rect width="100%" height="100%" fill="white"/>')
     for i, (key, low, high, title) in enumerate(PANELS):
         left, top = 45 + i * (WIDTH + GAP), 30
         print(f'<text x="{left}" y="20" font-weight="bold">{title}</text>')
         for step in range(5):
             value, y = low + (high - low) * step / 4, top + HEIGHT * (1 - step / 4)
-            print(f'<path d="M{left} {y}h{WIDTH}" stroke="#ddd"/><text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.2f}</text>')
+            print(
+                f'<path d="M{left} {y}h{WIDTH}" stroke="#ddd"/>'
+                f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.2f}</text>'
+            )
         last = 0
         for (_, runs), color in zip(curves, COLORS):
-            columns = [(rows[0]["epoch"], [row[key] for row in rows]) for rows in zip(*runs) if rows[0][key] is not None]
+            columns = [
+                (rows[0]["epoch"], [row[key] for row in rows])
+                for rows in zip(*runs)
+                if rows[0][key] is not None
+            ]
             if not columns:  # no kNN
                 continue
             last = max(epoch for epoch, _ in columns)
 
             def at(epoch: float, value: float) -> str:
-                return f"{left + WIDTH * epoch / last:.1f},{top + HEIGHT * (1 - (value - low) / (high - low)):.1f}"
+                x = left + WIDTH * epoch / last
+                y = top + HEIGHT * (1 - (value - low) / (high - low))
+                return f"{x:.1f},{y:.1f}"
 
             band = [at(e, max(v)) for e, v in columns] + [at(e, min(v)) for e, v in reversed(columns)]
             line = [at(e, sum(v) / len(v)) for e, v in columns]
@@ -46,7 +65,10 @@ def main() -> None:
         print(f'<text x="{left + WIDTH}" y="{top + HEIGHT + 16}" text-anchor="end">epoch {last}</text>')
     for i, ((name, _), color) in enumerate(zip(curves, COLORS)):
         x, y = 45 + i * 260, HEIGHT + 70
-        print(f'<path d="M{x} {y - 4}h30" stroke="{color}" stroke-width="3"/><text x="{x + 38}" y="{y}">{name}</text>')
+        print(
+            f'<path d="M{x} {y - 4}h30" stroke="{color}" stroke-width="3"/>'
+            f'<text x="{x + 38}" y="{y}">{name}</text>'
+        )
     print("</svg>")
 
 

@@ -53,7 +53,8 @@ class Rows:
         self.measure(name, lambda: "; ".join(self.run(*words)[-lines:]))
 
     def run(self, *words: object, env: dict[str, str] | None = None, stop_at: str = "\n") -> list[str]:
-        """What `python WORDS` prints. SIGTERM after a line that begins with stop_at, or when the time is over.
+        """What `python WORDS` prints. SIGTERM after a line that begins with stop_at, or when the time
+        is over.
 
         Raises RuntimeError if it failed or had no time.
         """
@@ -168,7 +169,9 @@ def train_cifar(rows: Rows, flags: list[str], epochs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with train/ and test/")
     parser.add_argument("--minutes", type=float, default=28)

@@ -71,7 +71,8 @@ def usual(trainer: train.Trainer, steps: int, workers: int) -> None:
 
 
 def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
-    """Forward, backward and optimizer on views that are there already: what no data path can be faster than."""
+    """Forward, backward and optimizer on views that are there already: what no data path can be
+    faster than."""
     args = trainer.args
     shape = (args.batch_size, 3, trainer.images.view_size, trainer.images.view_size)
     x1 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
@@ -152,7 +153,9 @@ def parts(trainer: train.Trainer, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("steps", type=int)
     parser.add_argument("--usual", type=int, nargs="+", default=[], metavar="WORKERS")
     parser.add_argument("--alone", nargs="+", default=[], metavar="MODE")
