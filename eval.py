@@ -118,7 +118,7 @@ def fit(
 ) -> None:  # fmt: skip
     """SGD on the cross-entropy: momentum 0.9, no weight decay, half a cosine.
 
-    App. A names SGD as the alternative to LARS; that its lr falls by a cosine, as that of LARS, is ours.
+    App. A names SGD as the alternative to LARS. The cosine is that of the authors' code, here set every step.
     """
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=peak, momentum=0.9)
@@ -249,7 +249,8 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
         assert unchanged or task == "finetune", "the probe changed the backbone"
     if args.features:
         save_features(args.features, train=(bank, train), **({"test": (features, test)} if test else {}))
-    own = not (args.untrained or args.checkpoint == "pixels" or args.task == "finetune")
+    trained_on = content.get("args", {}).get("data")
+    own = args.data == trained_on and not args.untrained and args.task != "finetune"
     if own and not args.labels_per_class:  # neighbours by the run's features, among all of its images
         save_neighbors(train, shown, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
@@ -387,7 +388,7 @@ def save_neighbors(train: Images, test: Images, bank: Tensor, features: Tensor, 
     rows = {}
     frames = []
     for row, (query, neighbours) in enumerate(zip(shown, nearest)):
-        images = [test[None, query[None]][0], train[None, neighbours][0]]
+        images = [test[None, query[None]][0].cpu(), train[None, neighbours][0].cpu()]
         blank = torch.full_like(images[0], 255)  # a gap
         label = None if test.labels is None else test.labels[query]
         name = "" if label is None else test.class_name(int(label))
@@ -465,7 +466,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     trained = to_flags(saved, kept)
     args = parser.parse_intermixed_args([*trained, *official, *words])
     args.data = data
-    args.checkpoint = str(path_of(args.checkpoint))
+    if content:
+        args.checkpoint = str(path_of(args.checkpoint))
     args.untrained |= args.checkpoint == "random"
     check_args(args, saved, {word.split("=")[0] for word in words})
     return args, content

@@ -24,14 +24,14 @@ Symbols:  x  a view, (N, 3, H, W)        f  encoder = backbone, then projector
           p  prediction h(z), (N, d)     d  output dimension, 2048
 What users keep in the end is the backbone alone. Projector and predictor serve only the training.
 
-Where this file departs from the authors' released code, and why:
+Where this file departs from the authors' released code or from the paper's text, and why:
   - The stop-gradient stands inside D, as in Eq. 3, and not in forward(): whoever copies only the loss
     copies the method.
   - The projector's width is an argument, 2048 by default as in the paper, and not the backbone's:
     on a ResNet-18 that would be 512. The predictor's is d / 4 for every d, 512 for the paper's 2048.
   - The cosine is computed in float32 at least, also under autocast.
   - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
-  - The BN on z has no learned scale and shift, as in their code; Sec. 3 does not say so (Sec. 4.4).
+  - The BN on z has no learned scale and shift: so their code has it; Sec. 3 does not say it (Sec. 4.4).
 
 Use it like this. The example runs as it stands, on 32 images of noise:
 
@@ -41,9 +41,10 @@ Use it like this. The example runs as it stands, on 32 images of noise:
     loader = torch.rand(2, 16, 3, 32, 32)                            # batches of images in [0, 1]
     backbone, feature_dim = build_backbone("resnet18", stem="cifar")
     model = SimSiam(backbone, feature_dim, layers=2)                 # App. D
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
+    lr = 0.03 * 16 / 256                                             # of App. D, for a batch of 16
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     for x in loader:
-        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)
+        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)  # standardize real images then
         loss = simsiam_loss(*model(x1, x2))                          # p1, p2, z1, z2
         optimizer.zero_grad()
         loss.backward()
@@ -135,7 +136,7 @@ def unit(x: Tensor) -> Tensor:
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
     x = x / torch.where(scale > 0, scale, 1)
     # The largest entry is now 1, so the length is 1 or more and the bound is for rows of zeros alone. It is
-    # 0.5 and not 1: where a length equals the bound, as a one-hot row's would, clamp_min halves its gradient.
+    # 0.5 and not 1: where a length equals the bound, as a one-hot row's would, clamp_min has no gradient.
     return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
 
 

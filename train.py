@@ -192,7 +192,7 @@ class Trainer:
         try:
             count, _ = state["data"]
             if state["data"] != self.fingerprint:
-                now = f"{self.fingerprint[0]} images, not the {count} that the run began with"
+                now = f"{self.fingerprint[0]} images, not the same {count} that the run began with"
                 fail(f"--resume: {self.args.data} has {now}: restore them, or name another --out")
             self.model.load_state_dict(state["model"])
             self.targets.load_state_dict(state["targets"])
@@ -205,7 +205,7 @@ class Trainer:
             self.sums.copy_(state["sums"])
             self.step = range(self.steps + 1).index(state["step"])  # refuses 2.5, and more than there are
             self.seconds = float(state["seconds"])
-            self.history = json.loads(json.dumps(state["history"]))
+            self.history = json.loads(json.dumps(state["history"]))  # refuses what JSON does not hold
             sum(row["loss"] + row["spread"] + row["step"] for row in self.history)  # are there, and numbers
         except Exception as error:  # whatever a file of the right form may hold
             kind = type(error).__name__
@@ -279,11 +279,12 @@ def pretrain(
             # To read a number makes a GPU finish its work first, so this comes rarely.
             if ended or stop or trainer.step % 50 == 0:
                 check_finite(trainer)
+            if ended or stop:
+                seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
+                trainer.seconds += seconds
             if not ended:
                 progress(f"epoch {epoch + 1}: step", position, trainer.per_epoch)
             else:
-                seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
-                trainer.seconds += seconds
                 report(trainer, test, (trainer.step - since) * args.batch_size / seconds)
                 began = time.monotonic()
                 since = trainer.step
@@ -295,6 +296,7 @@ def pretrain(
                 break
         if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
             stop = max(noted)
+            check_finite(trainer)
             save(trainer)
         if stop:
             leave(trainer, stop)
@@ -384,25 +386,28 @@ def report(trainer: Trainer, test: "Images | None", rate: float) -> None:
 def advice(history: list[dict[str, Any]]) -> str:
     """What to do about a run that has gone wrong, or "". A row an epoch: step, loss, spread.
 
-    The bounds are drawn through the runs of the README's table, three seeds each. Accuracy alone could not
+    The bounds are drawn through the runs of the README's tables, three seeds each. Accuracy alone could not
     tell a collapse from a loss that stays high (footnote 4).
     """
     if not history:
         return ""
     loss = history[-1]["loss"]
     spread_ = history[-1]["spread"]
-    if loss < -0.8 and spread_ < 0.55:  # 0.30 to 0.44 without the stop-gradient; with it and BN, 0.61 or more
+    # 0.25 to 0.44 without the stop-gradient, and without h on photographs; 0.74 or more with all parts.
+    if loss < -0.8 and spread_ < 0.55:
         return (
-            "collapse: the z grow alike (low loss, low spread). Is the stop-gradient there, does each"
-            " prediction meet the OTHER view, have the heads their BN? Then App. A's views, a lower --base-lr"
+            "collapse: the z grow alike (low loss, low spread). Are stop-gradient and predictor there, does"
+            " each prediction meet the OTHER view, have the heads their BN? Then App. A's views, a lower"
+            " --base-lr"
         )
-    if loss < -0.96 and spread_ < 0.8:  # -0.97 at 0.6 to 0.7 without h; -0.95 at 0.9 or more for the recipe
+    # -0.97 at 0.6 to 0.7 without h on textures; -0.95 at 0.9 or more for the recipe.
+    if loss < -0.96 and spread_ < 0.8:
         return (
             "partial collapse: the loss is near -1 because z1 and z2 are easy to match, not because h"
             " predicts well. Is the predictor there, have the heads their BN?"
         )
-    falls = loss < history[len(history) // 2]["loss"] - 0.02  # since halfway
-    if history[-1]["step"] >= 300 and loss > -0.5 and not falls:
+    falls = loss < history[(len(history) - 1) // 2]["loss"] - 0.02  # since halfway
+    if len(history) > 1 and history[-1]["step"] >= 300 and loss > -0.5 and not falls:
         return "not learning, which is no collapse (the loss stays high): another --base-lr, --warmup-epochs"
     return ""
 
@@ -638,8 +643,9 @@ def load_data(
 
 
 def measure_pixels(images: Images) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the three channels, from 0 to 1, over all pixels of all images.
+    """Mean and standard deviation of the three channels, from 0 to 1, over all pixels.
 
+    Of files, over those of a thousand images, as they are seen without augmentation.
     For CIFAR-10's std that gives (0.2470, 0.2435, 0.2616); the often copied (0.2023, 0.1994, 0.2010) is the
     mean over images of each one's own.
     """
@@ -787,14 +793,17 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
     Training images are those of root/train/, test images those of the first of val/, valid/, validation/,
     test/ and testing/. Without any of these, all below root are training images. The folders in there are
     the classes, unless some image lies outside of them: then there are no labels. All files are read once
-    before the training starts. Those that can't be are named, and left out.
+    before the training starts. Those that can't be are counted, five of them named, and left out.
     """
     if not root.is_dir():
         kinds = f"{', '.join(DATASETS)}, a folder, or a .npz file"
         fail(f"no data set and no folder is called {str(root)!r}: choose {kinds}")
     inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     training = [inside[name] for name in ("train", "training") if name in inside][:1]
-    testing = [inside[name] for name in TEST_FOLDERS if name in inside][:1]
+    testing = [inside[name] for name in TEST_FOLDERS if name in inside]
+    if testing[1:]:
+        print0(f"not used: {', '.join(map(str, testing[1:]))}; the test images are those of {testing[0]}")
+        del testing[1:]
     if testing and not training:
         fail(f"{testing[0]} is for test images, and there is no {root}/train to train on")
 
@@ -983,7 +992,7 @@ def normalize(x: Tensor, mean: list[float], std: list[float]) -> Tensor:
 
 COST = "cifar10, cifar100: 3e17 floating-point operations, 2 hours at 40 TFLOP/s; an estimate, not run by us."
 NOT_SAVED = ["resume", "out", "device", "workers", "tensorboard"]  # of the machine or the call
-# At a resume: they do not define the training.
+# At a resume: they do not define the training; and another machine may lack bfloat16.
 MAY_CHANGE = ["data_dir", "knn_every", "save_every", "keep_every", "keep_best", "amp"]
 
 
@@ -1070,8 +1079,8 @@ def start_parser(title: str, epilog: str = "") -> argparse.ArgumentParser:
     flag("--recipe", choices=[*RECIPES], help=usual)
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, small-resnet, or a ResNet of torchvision")
     flag("--stem", choices=["imagenet", "cifar"], help="of a ResNet, for 224 or for 32 pixels")
-    flag("--width", type=in_range(int, 1, 1024), default=16, help="of our own networks' first layer; 16")
-    flag("--image-size", type=in_range(int, 8, 4096), help="side in pixels, of views and when tested")
+    flag("--width", type=in_range(int, 1, 1024), default=16, help="of our own networks; 16, small: 32")
+    flag("--image-size", type=in_range(int, 8, 4096), help="side in pixels; of views, times --view-scale")
     measured = "of the pixels (default: measured; recipe imagenet: ImageNet's)"
     flag("--mean", type=in_range(float, 0, 1), nargs=3, help=measured)
     flag("--std", type=in_range(float, 1e-3, 1), nargs=3)
@@ -1191,6 +1200,8 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
     world = rank_and_world()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} is the total of {world} processes: take two or more for each")
+    if args.blur and round(args.image_size * args.view_scale) < 7:
+        fail("--blur needs views of 7 pixels or more: take a larger --image-size or --view-scale")
     if args.warmup_epochs >= args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: take fewer")
     if args.amp == "fp16" and args.device != "cuda":
@@ -1351,7 +1362,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def save(trainer: Trainer, name: str = "checkpoint.pt") -> None:
-    state = trainer.state_dict()
+    state = trainer.state_dict()  # on every rank, for it sums over them
     if trainer.rank == 0:
         with whole_file(Path(trainer.args.out, name)) as file:
             torch.save(state, file)
@@ -1579,7 +1590,7 @@ def one_line_errors() -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a worker's has a traceback
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-            text = "out of memory: take a smaller --batch-size or --image-size"
+            text = "out of memory: take a smaller --batch-size or --image-size, or (in kNN) --knn-every 0"
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             text = "another process has ended, or the network is cut; the last checkpoint is whole"
         elif not isinstance(error, OSError) and "DataLoader worker" not in str(error):
