@@ -184,7 +184,7 @@ def finetune(
     steps = plan(len(train), batch, args.epochs, args.seed)
     targets = [positions[i] for _, i in steps]
     head = new_classifier(bank, len(classes), args.seed)
-    # First the head alone: the gradients of an untrained one would ruin the backbone.
+    # First the head alone, by the linear probe's lr: gradients of an untrained one would ruin the backbone.
     fit(head, (bank[i] for _, i in steps), targets, len(steps), batch / 256)
     model = nn.Sequential(backbone.requires_grad_(True), head)
     # BN keeps the statistics of the pretraining, for ten labelled images give worse; an untrained network

@@ -159,7 +159,10 @@ class Trainer:
             # t1 and t2 are z1 and z2 themselves, but for the two variants of Sec. 5.2.
             t1, t2 = self.targets(self.step, indices, self.model, x1, x2, z1, z2)
         similarity = negative_cosine if args.similarity == "cosine" else cross_entropy
-        loss = simsiam_loss(p1, p2, t1, t2, not args.asymmetric, not args.no_stop_gradient, similarity)
+        loss = simsiam_loss(
+            p1, p2, t1, t2, symmetric=not args.asymmetric, stop_gradient=not args.no_stop_gradient,
+            similarity=similarity,
+        )  # fmt: skip
 
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
