@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from simsiam import build_backbone, crop_and_flip, knn_predict, to_device, unit
 from train import (
-    ARRAYS, Images, Progress, extract_features, fail, find_images, in_range, learning_rate,
+    ARRAYS, Images, Progress, all_finite, extract_features, fail, find_images, in_range, learning_rate,
     load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint, recipe_of,
     save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
@@ -211,6 +211,9 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     pictures = open_pictures(args)
     train, test = load_data(args)
     tasks = choose_tasks(args, train, test)
+    is_own = content.get("args", {}).get("data") == args.data  # the images that it was trained on
+    if args.holdout and is_own and content.get("data", train.fingerprint()) != train.fingerprint():
+        print0("warning: trained without --holdout, so these test images are known to it", sys.stderr)
     if args.labels_per_class and train.labels is None:
         fail(f"--labels-per-class: {args.data} has no labels: leave it out")
     if args.labels_per_class:
@@ -221,7 +224,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     options = dict(device=args.device, workers=args.workers)
     bank = extract_features(backbone, train, **options)  # (M, D)
     features = bank if test is None else extract_features(backbone, test, **options)  # (N, D)
-    if not (bank.isfinite().all() and features.isfinite().all()):
+    if not all_finite([bank, features]):
         fail(f"{args.checkpoint} gives features that are not finite: take another checkpoint", status=1)
     counts = f"{len(train)} training images, {'no' if test is None else len(test)} test images"
     print0(f"{args.data}: {counts}, features of length {bank.shape[1]}")
@@ -242,16 +245,16 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
                 features = extract_features(backbone, test, **options)
             with torch.no_grad():
                 predicted = train.labels.unique()[head(features).argmax(dim=1).cpu()]
+            print_top1(args, task, how, predicted, test)
             if args.save:
                 save_classifier(args, backbone, head, train)
-            print_top1(args, task, how, predicted, test)
         unchanged = all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
         assert unchanged or task == "finetune", "the probe changed the backbone"
     if args.features:
         save_features(args.features, train=(bank, train), **({"test": (features, test)} if test else {}))
-    trained_on = content.get("args", {}).get("data")
-    own = args.data == trained_on and not args.untrained and args.task != "finetune"
-    if own and not args.labels_per_class:  # neighbours by the run's features, among all of its images
+    is_run = is_own and Path(args.checkpoint).name == "checkpoint.pt"
+    changed = args.untrained or args.task == "finetune" or args.labels_per_class
+    if is_run and not changed:  # neighbours by the run's features, among all of its images
         save_neighbors(train, shown, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
 
@@ -515,6 +518,8 @@ def check_outputs(args: argparse.Namespace) -> None:
         if not os.access(path.parent, os.W_OK) or path.is_dir():
             fail(f"{flag} {path} can't be written: name a file in a folder that can")
     if args.json and os.path.exists(args.json):
+        if not os.path.isfile(args.json) or not os.access(args.json, os.W_OK):
+            fail(f"--json {args.json} can't be appended to: name another file")
         with open(args.json, "rb") as file:
             content = file.read()
         if content and (content[:1] != b"{" or content[-1:] != b"\n"):

@@ -473,11 +473,14 @@ def spread(z: Tensor) -> Tensor:
 def effective_rank(features: Tensor) -> Tensor:
     """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N - 1, D); 1 for one row.
 
+    nan where a feature is not finite.
     The exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007), taken
     around the mean. Spread can look healthy while half of the dimensions are dead, which is called
     dimensional collapse (arXiv 2110.09348; for SimSiam 2209.15007). This number sees it.
     """
     x = unit(features)  # (N, D)
+    if not x.isfinite().all():  # svdvals would raise
+        return x.new_tensor(math.nan)
     s = torch.linalg.svdvals(x - x.mean(dim=0))  # (min(N, D),)
     share = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
     return torch.special.entr(share).sum().exp()  # entr(x) = -x ln x, and 0 at 0

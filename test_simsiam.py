@@ -1047,6 +1047,14 @@ def test_holdout_keeps_the_same_tenth_of_the_training_set_apart_whatever_the_see
     assert torch.equal(test.source, other.source)
 
 
+def test_what_was_held_out_is_tested_on_again_and_what_was_not_is_warned_of(pretrained, capsys):
+    train.main([*SMALL, "--epochs", "1", "--holdout", "--out", "held"])
+    assert "next: python eval.py held --holdout\n" in capsys.readouterr().out
+    for run, warnings in (("held", 0), ("run", 1)):
+        evaluation.main([run, "knn", "--holdout"])
+        assert capsys.readouterr().err.count("trained without --holdout") == warnings
+
+
 def arrays_of(n=40, side=28, **more):
     """As in a file of MedMNIST: gray, and labels in a column."""
     made = {}
@@ -1117,6 +1125,10 @@ def test_a_program_can_bring_its_own_tensors(capsys):
     assert "--data FILE.npz" in fails(["whole"], capsys, evaluation.main)
     line = fails(["--resume", "--out", "whole"], capsys)
     assert "train.main(['--resume', '--out', 'whole'], arrays)" in line
+    with pytest.raises(SystemExit):
+        train.main([*FOLDER], mine["train_images"])
+    line = "error: arrays are a dict, such as dict(train_images=x), and not Tensor\n"
+    assert capsys.readouterr().err == line
     flipped = dict(train_images=mine["train_images"].flip(3))  # as many, but others
     with pytest.raises(SystemExit):
         train.main(["--resume", "--out", "whole"], flipped)
@@ -1183,7 +1195,9 @@ def test_the_images_beside_train_are_tested_on_and_never_trained_on(partner, tmp
     fill(tmp_path / "photos", "val/cat")  # the test images of a data set with both stay for the end
     capsys.readouterr()
     assert len(load_folder(root)[1]) == (4 if partner == "val" else 2)
-    assert (partner == "val") != (f"not used: {root / partner}; " in capsys.readouterr().out)
+    beside, unused = re.search("beside (.*), not used: (.*)", capsys.readouterr().out).groups()
+    assert beside == f"{root}/train"
+    assert {*unused.split(", ")} == {f"{root}/{name}" for name in ("notes", partner) if name != "val"}
     (root / "train").rename(root / "Training")
     assert reds(load_folder(root)[0]) == [0, 1, 10, 11]
     (root / "Training").rename(root / "other")
@@ -1199,7 +1213,9 @@ def test_classes_without_a_split_are_labels_for_holdout(tmp_path, capsys):
         assert len(images) == 36 and len(test) == 4 == len(test.labels) == len(test.files)
         for part in (images, test):
             assert [Path(file).parent.name for file in part.files] == [part.classes[i] for i in part.labels]
-        assert "has nothing to test on; 2 classes: cat, dog" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "has nothing to test on; 2 classes: cat, dog" in out
+        assert "tests on a tenth of it; 2 classes: cat, dog" in out
     root = fill(tmp_path / "loose", "train", "val")  # an unlabelled train/
     assert reds(load_folder(root)[0]) == [0, 1] and load_folder(root)[1] is None
     root = fill(tmp_path / "mixed", ".", "album")
@@ -1688,6 +1704,12 @@ def test_a_run_can_begin_with_the_weights_of_another(pretrained, capsys):
     train.main(["--resume", "--out", "next"])  # needs it no more
     assert "does not fit" in fails([*SMALL, "--dim", 32, "--init", "next/checkpoint.pt"], capsys)
     assert "is not there" in fails([*SMALL, "--init", "nowhere.pt"], capsys)
+    content = torch.load("next/checkpoint.pt", weights_only=True)
+    content["model"]["backbone.0.weight"][0] = math.nan
+    torch.save(content, "next/checkpoint.pt")
+    assert "nan or infinity" in fails([*SMALL, "--init", "next"], capsys)
+    assert "nan or infinity" in fails(["--resume", "--out", "next"], capsys)
+    assert not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2745,6 +2767,7 @@ def test_where_results_go_is_checked_before_the_work(pretrained, capsys, monkeyp
     monkeypatch.setattr(evaluation, "evaluate", None)
     Path("taken.pt").write_text("mine")
     Path("locked").mkdir()  # to the superuser none is
+    os.mkfifo("pipe")
     monkeypatch.setattr(
         evaluation.os,
         "access",
@@ -2756,7 +2779,7 @@ def test_where_results_go_is_checked_before_the_work(pretrained, capsys, monkeyp
         "linear --json run/metrics.jsonl", "linear --save run/checkpoint-best.pt",
         "linear --save locked/one.pt", "linear --save no/where.pt", "linear --save run",
         "linear --json no/where", "knn --save one.pt", "--save one.pt", "predict", "linear a.png",
-        "predict a.png --untrained", "neighbors",
+        "predict a.png --untrained", "neighbors", "knn --json /dev/null", "knn --json pipe",
     ):  # fmt: skip
         fails(["run", *words.split()], capsys, evaluation.main)
     assert Path("taken.pt").read_text() == "mine"
@@ -2799,7 +2822,7 @@ WRONG = [  # a number's range on one flag, and then a case for each flag
     "--predictor-hidden 7 --predictor none", "--decay-predictor-lr --predictor fixed",
     "--hidden 9 --layers 1", "--affine --bn hidden", "nosuchfolder", "afile", "emptyfolder",
     "--no-stop-gradient --eta-momentum 0.5", "--eta-momentum 0.8 --similarity cross-entropy",
-    "--blur 0.5 --image-size 24 --view-scale 0.25",
+    "--image-size 24 --view-scale 0.25",
 ]  # fmt: skip
 
 
@@ -2937,7 +2960,7 @@ def test_damaged_and_hostile_checkpoints_are_refused_in_one_line_and_never_execu
     bad = cut_off + [b"a text file\n", pickle.dumps(Evil(), 2)]
     for content in bad:
         Path(pretrained).write_bytes(content)
-        fails(["--resume", "--out", "run"], capsys)
+        assert "is damaged" in fails(["--resume", "--out", "run"], capsys)
         assert Path(pretrained).read_bytes() == content
     torch.save({"model": Evil(), "optimizer": {}, "step": 0, "args": {}}, pretrained)
     fails(["--resume", "--out", "run"], capsys)
@@ -3026,6 +3049,23 @@ def test_a_failed_write_keeps_the_last_checkpoint(pretrained, capsys, monkeypatc
     assert "cannot write new.pt" in capsys.readouterr().err and not Path("new.pt").exists()
 
 
+def test_two_runs_that_write_the_same_file_at_once_leave_a_whole_one(small_textures, monkeypatch):
+    with train.whole_file(Path("file")) as first:
+        first.write(b"fir")
+        with monkeypatch.context() as patch:  # another process
+            patch.setattr(train.os, "getpid", lambda: 1)
+            with train.whole_file(Path("file")) as second:
+                second.write(b"second")
+        assert Path("file").read_bytes() == b"second"
+        first.write(b"st")
+    assert Path("file").read_bytes() == b"first" and os.listdir() == ["file"]
+    Path("run").mkdir()
+    Path("run/.checkpoint.pt.123.tmp").write_text("half")  # of a process that was killed
+    Path("run/.mine.tmp").write_text("mine")
+    train.main([*SMALL, "--epochs", "1", "--out", "run"])
+    assert [path.name for path in Path("run").glob(".*")] == [".mine.tmp"]
+
+
 def test_faults_of_the_machine_are_told_in_one_line_and_those_of_the_program_with_a_traceback(capsys):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()):
         with pytest.raises(SystemExit), train.one_line_errors():
@@ -3038,8 +3078,8 @@ def test_faults_of_the_machine_are_told_in_one_line_and_those_of_the_program_wit
 def test_links_in_OUT_are_replaced_and_not_written_through(small_textures):
     Path("run").mkdir()
     Path("mine").write_text("mine")
-    for name in (".checkpoint.pt.tmp", ".metrics.jsonl.tmp", ".views.png.tmp"):
-        Path("run", name).symlink_to(Path("mine").absolute())
+    for name in ("checkpoint.pt", "metrics.jsonl", "views.png"):
+        Path("run", f".{name}.{os.getpid()}.tmp").symlink_to(Path("mine").absolute())
     train.main([*SMALL, "--epochs", "1", "--out", "run"])
     for name in ("checkpoint.pt", "metrics.jsonl"):
         Path("run", name).rename(name)

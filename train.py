@@ -198,6 +198,8 @@ class Trainer:
                 now = f"{self.fingerprint[0]} images, not the same {count} that the run began with"
                 fail(f"--resume: {self.args.data} has {now}: restore them, or name another --out")
             self.model.load_state_dict(state["model"])
+            if not all_finite(state["model"].values()):
+                raise ValueError("nan or infinity")
             self.targets.load_state_dict(state["targets"])
             self.scaler.load_state_dict(state["scaler"])
             groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
@@ -304,6 +306,7 @@ def pretrain(
         if stop:
             leave(trainer, stop)
     following = shlex.join(["python", "eval.py", args.out]) + (" --data FILE.npz" if arrays else "")
+    following += " --holdout" if args.holdout else ""
     print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: {following}")
 
 
@@ -347,7 +350,7 @@ def introduce(trainer: Trainer, has_knn: bool) -> None:
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak:.4g}; "
         f"{trainer.world} x {args.device}, {trainer.amp or torch.float32}; into {args.out}"
     )
-    knn = "k=200, T=0.2" if has_knn else "no labelled test images, so no kNN"
+    knn = f"k={min(200, len(trainer.images))}, T=0.2" if has_knn else "no labelled test images, so no kNN"
     print0(f"loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; rank: of the features; kNN: {knn}")
     if trainer.step == trainer.steps:
         print0(f"the run in {args.out} is already finished")
@@ -617,7 +620,7 @@ def load_data(
     elif args.data in DATASETS:
         sources, classes = load_torchvision(args.data, args.data_dir)
     else:
-        sources, classes = load_folder(Path(args.data))
+        sources, classes = load_folder(Path(args.data), args.holdout)
     view_size = round(args.image_size * args.view_scale)
     options = dict(
         size=args.image_size, view_size=view_size, crop_min=args.crop_min, mean=args.mean, std=args.std
@@ -629,7 +632,7 @@ def load_data(
     images = parts[0]
     test = parts[1] if len(parts) == 2 else None
     if args.holdout and not (arrays and "val_images" in arrays):
-        if len(images) < 20:
+        if len(images) < 10:
             fail(f"--holdout: a tenth of {len(images)} images is too few; leave it out")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # whatever the seed
         tenth = len(images) // 10
@@ -666,6 +669,8 @@ def from_arrays(arrays: dict[str, Any], holdout: bool) -> list[Part]:
     missing, and so may the test images. With holdout, val_images and val_labels, if they are there, are the
     test images.
     """
+    if not isinstance(arrays, dict):
+        fail(f"arrays are a dict, such as dict(train_images=x), and not {type(arrays).__name__}")
     known = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
     if unknown := sorted(map(str, set(arrays) - set(known))):
         print0(f"warning: not used: {', '.join(unknown)}; known: {', '.join(known)}", sys.stderr)
@@ -790,7 +795,7 @@ def load_torchvision(name: str, root: str) -> tuple[list[Part], list[str]]:
     return [(to_rgb(part.data), torch.as_tensor(part.targets), []) for part in parts], parts[0].classes
 
 
-def load_folder(root: Path) -> tuple[list[Part], list[str]]:
+def load_folder(root: Path, holdout: bool) -> tuple[list[Part], list[str]]:
     """Training images and, if there are any, test images below root; and the classes.
 
     Training images are those of root/train/, test images those of the first of val/, valid/, validation/,
@@ -803,10 +808,11 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
         fail(f"no data set and no folder is called {str(root)!r}: choose {kinds}")
     inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     training = [inside[name] for name in ("train", "training") if name in inside][:1]
-    testing = [inside[name] for name in TEST_FOLDERS if name in inside]
-    if testing[1:]:
-        print0(f"not used: {', '.join(map(str, testing[1:]))}; the test images are those of {testing[0]}")
-        del testing[1:]
+    testing = [inside[name] for name in TEST_FOLDERS if name in inside][:1]
+    used = [*training, *testing]
+    unused = [str(path) for path in inside.values() if path not in used and path.name[0] != "."]
+    if training and unused:
+        print0(f"beside {training[0]}, not used: {', '.join(unused[:5])}")
     if testing and not training:
         fail(f"{testing[0]} is for test images, and there is no {root}/train to train on")
 
@@ -831,6 +837,8 @@ def load_folder(root: Path) -> tuple[list[Part], list[str]]:
             print0(f"warning: only one of train/ and {folder.name}/ has images of {few}", sys.stderr)
     classes = sorted({name for column in names for name in column})  # one numbering for both
     tests = f"tests on {testing[0].name}/" if testing else "has nothing to test on"
+    if holdout:
+        tests = "tests on a tenth of it"
     few = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
     print0(f"trains on {first}, {tests}; {len(classes)} classes: {few}")
     number = {name: label for label, name in enumerate(classes)}
@@ -854,7 +862,7 @@ def find_images(part: Path) -> tuple[Tensor | list[str], list[str]]:
     files = []
     ignored: collections.Counter[str] = collections.Counter()
     walked = set()
-    for folder, folders, names in os.walk(part, followlinks=True):
+    for folder, folders, names in os.walk(part, followlinks=True, onerror=warn_of_folder):
         place = os.path.realpath(folder)
         is_run = "checkpoint.pt" in names and folder != str(part)  # a run's OUT has pictures of its own
         if is_run or place in walked:  # or the links go round in a circle
@@ -888,6 +896,10 @@ def find_images(part: Path) -> tuple[Tensor | list[str], list[str]]:
     files = list(itertools.compress(files, fine))
     images = join_images(read, fine)
     return (files if images is None else images), files
+
+
+def warn_of_folder(error: OSError) -> None:
+    print0(f"warning: {error.filename} can't be read ({error.strerror}), and is left out", sys.stderr)
 
 
 def try_reading(path: str, limit: int) -> Tensor | None:
@@ -1203,8 +1215,10 @@ def check_args(args: argparse.Namespace, given: set[str]) -> None:
     world = rank_and_world()[1]
     if args.batch_size % world or args.batch_size < 2 * world:
         fail(f"--batch-size {args.batch_size} is the total of {world} processes: take two or more for each")
-    if args.blur and round(args.image_size * args.view_scale) < 7:
-        fail("--blur needs views of 7 pixels or more: take a larger --image-size or --view-scale")
+    view_size = round(args.image_size * args.view_scale)
+    if view_size < 8:  # the blur reflects at six pixels, and a bfloat16 convolution needs more than one
+        fail(f"--image-size {args.image_size} * --view-scale {args.view_scale} gives views of {view_size} "
+             "pixels: take 8 or more")  # fmt: skip
     if args.warmup_epochs >= args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: take fewer")
     if args.amp == "fp16" and args.device != "cuda":
@@ -1329,6 +1343,8 @@ def begin(trainer: Trainer, test: Images | None) -> None:
             out.mkdir(parents=True, exist_ok=True)
             if not args.resume:
                 open(out / "metrics.jsonl", "x").close()  # of two runs that begin here at once, one gets it
+            for left in out.glob(".*.[0-9]*.tmp"):  # by a run that was killed as it wrote
+                left.unlink()
         except OSError as error:
             there = (out / "metrics.jsonl").exists()
             why = "was taken by another run in the meantime" if there else f"can't be made ({error.strerror})"
@@ -1349,7 +1365,7 @@ def begin(trainer: Trainer, test: Images | None) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Leaves at path the old file or the new one, whole, whatever happens. A link there is not followed."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of two runs in one OUT each has its own
     try:
         beside.unlink(missing_ok=True)
         with open(beside, "xb") as file:
@@ -1384,7 +1400,10 @@ def keep_copies(trainer: Trainer, epoch: int) -> None:
 def load_init(model: SimSiam, path: str) -> None:
     """--init: all weights of another run, to begin with."""
     try:
-        model.load_state_dict(read_checkpoint(path_of(path))["model"])
+        weights = read_checkpoint(path_of(path))["model"]
+        model.load_state_dict(weights)
+        if not all_finite(weights.values()):
+            raise ValueError("nan or infinity")
     except Exception as error:  # whatever a file of the right form may hold
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
         fail(f"--init {path} does not fit ({reason}): give --arch, --dim and the like as that run had them")
@@ -1443,6 +1462,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The dict that torch.save wrote there. Never runs code from the file."""
     if not path.is_file():
         fail(f"{path} is not there, or no file: check the path")
+    if not os.access(path, os.R_OK):
+        fail(f"{path} can't be opened (permission denied): check the path")
     try:
         if zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
@@ -1452,8 +1473,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError("checksum")
         return dict(torch.load(path, map_location="cpu", weights_only=True).items())
-    except OSError as error:
-        fail(f"{path} can't be opened ({error.strerror}): check the path")
     except Exception as error:  # what a damaged file raises has no common type
         kind = type(error).__name__
         fail(f"{path} is damaged or not a checkpoint ({kind}): take another one, or start anew")
@@ -1461,12 +1480,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_finite(trainer: Trainer) -> None:
     """Stops on nan and infinity, and so keeps them out of the checkpoint."""
-    values = [trainer.sums, *trainer.model.state_dict().values()]
-    if not all(value.isfinite().all() for value in values):
+    if not all_finite([trainer.sums, *trainer.model.state_dict().values()]):
         lr = trainer.optimizer.param_groups[0]["lr"]
         where = f"step {trainer.step}, lr {lr:.4g}, amp {trainer.amp or 'off'}"
         remedy = "lower --base-lr or --weight-decay, or --amp off. The checkpoint is from before"
         fail(f"loss or weights are not finite at {where}: {remedy}", status=1)
+
+
+def all_finite(values: Iterable[Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in values)
 
 
 class Progress:
