@@ -1204,6 +1204,20 @@ def test_the_images_beside_train_are_tested_on_and_never_trained_on(partner, tmp
     assert "no" in (line := fails([root, *FOLDER], capsys)) and line.endswith("train to train on")
 
 
+def test_a_folder_that_cannot_be_read_is_warned_of(tmp_path, capsys, monkeypatch):
+    root = fill(tmp_path / "photos", "cat", "dog")
+    scandir = os.scandir
+
+    def locked(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert len(load_folder(root)[0]) == 2
+    assert f"warning: {root}/dog can't be read (Permission denied)" in capsys.readouterr().err
+
+
 def test_classes_without_a_split_are_labels_for_holdout(tmp_path, capsys):
     for root, prefix in ((tmp_path / "whole", ""), (tmp_path / "part", "train/")):
         write_folder(root / prefix, per_class=20, parts=["."])
