@@ -82,7 +82,9 @@ def load_backbone(args: argparse.Namespace, content: dict[str, Any]) -> nn.Modul
 
 
 def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
-    """Indices of per_class images of each class, drawn at random. Stops where a class has fewer."""
+    """Indices of per_class images of each class, drawn at random. Stops where there are too few."""
+    if train.labels is None:
+        fail(f"--labels-per-class: {train.root} has no labels: leave it out")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in train.labels.unique():
@@ -212,10 +214,8 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     train, test = load_data(args)
     tasks = choose_tasks(args, train, test)
     is_own = content.get("args", {}).get("data") == args.data  # the images that it was trained on
-    if args.holdout and is_own and content.get("data", train.fingerprint()) != train.fingerprint():
+    if args.holdout and is_own and content.get("data") not in (None, train.fingerprint()):
         print0("warning: trained without --holdout, so these test images are known to it", sys.stderr)
-    if args.labels_per_class and train.labels is None:
-        fail(f"--labels-per-class: {args.data} has no labels: leave it out")
     if args.labels_per_class:
         train = train.subset(few_labels(train, args.labels_per_class, args.seed))
     shown = train if test is None else test
@@ -322,7 +322,7 @@ def predict(args: argparse.Namespace, content: dict[str, Any]) -> None:
         model = nn.Sequential(backbone, head.eval().to(args.device))
         model(torch.zeros(1, 3, args.image_size, args.image_size, device=args.device))
         assert {"image_size", "mean", "std"} <= content["args"].keys()
-        assert all(value.isfinite().all() for value in model.state_dict().values())
+        assert all_finite(model.state_dict().values())
     except Exception as error:  # whatever a file may hold
         remedy = "write one with linear --save or finetune --save"
         fail(f"{args.checkpoint} holds no classifier ({type(error).__name__}: {error}): {remedy}")

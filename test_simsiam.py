@@ -727,6 +727,8 @@ def test_effective_rank_is_the_exponential_entropy_of_the_singular_values():
         assert effective_rank(features).item() == pytest.approx(expected, abs=1e-3)
     z = torch.randn(512, 4) @ torch.randn(4, 64)  # 4 of 64 dimensions are in use: spread does not see it
     assert spread(z) > 0.9 and effective_rank(z) < 5
+    z[3, 1] = math.inf
+    assert effective_rank(z).isnan()
 
 
 def vote(queries, bank, labels, k=200, temperature=0.2):
@@ -2295,8 +2297,7 @@ def test_evaluation_prints_kNN_and_linear_and_draws_neighbors(pretrained, capsys
     evaluate(capsys, pretrained, "linear", "--epochs", "5", "--labels-per-class", 1)
     # ten images are no data set to look for neighbours in, and another data set is not the run's
     assert Path("run/neighbors.png").read_bytes() == whole
-    images = dict(train_images=np.zeros((40, 8, 8), np.uint8))
-    np.savez("other.npz", **images)
+    np.savez("other.npz", train_images=np.zeros((40, 8, 8), np.uint8))
     evaluate(capsys, pretrained, "--data", "other.npz")
     assert Path("run/neighbors.png").read_bytes() == whole
     Path("random").mkdir()  # as a folder, not to be taken for a run

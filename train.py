@@ -197,9 +197,7 @@ class Trainer:
             if state["data"] != self.fingerprint:
                 now = f"{self.fingerprint[0]} images, not the same {count} that the run began with"
                 fail(f"--resume: {self.args.data} has {now}: restore them, or name another --out")
-            self.model.load_state_dict(state["model"])
-            if not all_finite(state["model"].values()):
-                raise ValueError("nan or infinity")
+            load_weights(self.model, state["model"])
             self.targets.load_state_dict(state["targets"])
             self.scaler.load_state_dict(state["scaler"])
             groups = self.optimizer.state_dict()["param_groups"]  # the flags', not the file's
@@ -293,8 +291,7 @@ def pretrain(
                 report(trainer, test, (trainer.step - since) * args.batch_size / seconds)
                 began = time.monotonic()
                 since = trainer.step
-            if ended:
-                keep_copies(trainer, epoch)  # first: a run that is killed between the two repeats this one
+                keep_copies(trainer, epoch)  # before `save`: a run killed between the two repeats this epoch
             if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
                 save(trainer)
             if stop:
@@ -1400,13 +1397,17 @@ def keep_copies(trainer: Trainer, epoch: int) -> None:
 def load_init(model: SimSiam, path: str) -> None:
     """--init: all weights of another run, to begin with."""
     try:
-        weights = read_checkpoint(path_of(path))["model"]
-        model.load_state_dict(weights)
-        if not all_finite(weights.values()):
-            raise ValueError("nan or infinity")
+        load_weights(model, read_checkpoint(path_of(path))["model"])
     except Exception as error:  # whatever a file of the right form may hold
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:200]
         fail(f"--init {path} does not fit ({reason}): give --arch, --dim and the like as that run had them")
+
+
+def load_weights(model: SimSiam, weights: dict[str, Tensor]) -> None:
+    """All of them. Raises ValueError on nan and infinity, and what torch raises where they do not fit."""
+    model.load_state_dict(weights)
+    if not all_finite(weights.values()):
+        raise ValueError("nan or infinity")
 
 
 def write_metrics(trainer: Trainer) -> None:
