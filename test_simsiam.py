@@ -2015,23 +2015,27 @@ DDP = """
 import sys, torch
 sys.path.insert(0, {here!r})
 import train
+
+def work():  # in a function, as in train.main: gloo's threads must end before Python itself does
+    args = train.get_args({argv!r})[0]
+    images, test = (
+        train.Images(*train.textures(n, seed=0), size=32, mean=args.mean, std=args.std)
+        for n in (500, 301)
+    )
+    t = train.Trainer(args, images, torch.device("cpu"))
+    for step, (batch, indices) in zip(range(3), t.batches()):
+        t.update(batch, indices)
+        if step == 0:
+            gradients = [w.grad.clone() for w in t.model.parameters()]
+    before = t.model.backbone[1].running_mean.clone()
+    state = t.state_dict()
+    knn = train.monitor(t, test, knn=True)
+    features = train.extract_features(t.model.backbone, test, torch.device("cpu"))
+    torch.save(dict(gradients=gradients, batch=batch, peak=t.peak, before=before, knn=knn, features=features,
+                    mine=t.sums, sums=state["sums"], last=t.model.state_dict()), f"rank{{t.rank}}.pt")
+
 train.setup_distributed()
-args = train.get_args({argv!r})[0]
-images, test = (
-    train.Images(*train.textures(n, seed=0), size=32, mean=args.mean, std=args.std)
-    for n in (500, 301)
-)
-t = train.Trainer(args, images, torch.device("cpu"))
-for step, (batch, indices) in zip(range(3), t.batches()):
-    t.update(batch, indices)
-    if step == 0:
-        gradients = [w.grad.clone() for w in t.model.parameters()]
-before = t.model.backbone[1].running_mean.clone()
-state = t.state_dict()
-knn = train.monitor(t, test, knn=True)
-features = train.extract_features(t.model.backbone, test, torch.device("cpu"))
-torch.save(dict(gradients=gradients, batch=batch, peak=t.peak, before=before, knn=knn, features=features,
-                mine=t.sums, sums=state["sums"], last=t.model.state_dict()), f"rank{{t.rank}}.pt")
+work()
 torch.distributed.destroy_process_group()
 """
 
