@@ -461,8 +461,11 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 def spread(z: Tensor) -> Tensor:
     """Standard deviation of the unit vectors z / |z|, (N, d), times sqrt(d): a scalar in [0, 1].
 
-    1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle).
+    1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle). With the
+    BN on z collapsed is about 2 sqrt(N - 1) / N: 0.25 for a batch of 64, 0.09 for 512.
     """
+    # Why not 0 then: BN makes the mean of the z zero, so they can't all point one way. At the nearest, all but
+    # one do, and that one points the opposite way. Without the stop-gradient a run ends close to that.
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
     # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.
     # correction=0, so that one sample alone gives 0 and not nan.

@@ -714,6 +714,22 @@ def test_spread_is_the_std_of_normalized_outputs():
     assert spread(torch.randn(1, 8)).item() == 0
 
 
+def test_BN_on_z_leaves_a_collapsed_batch_the_spread_of_all_against_one():
+    """Centred z can't all point one way. |sum of z / |z|| <= N - 2: write the longest z as minus the others."""
+    for n in (8, 64, 512):
+        z = F.batch_norm(torch.eye(n)[:, :1] * torch.randn(1, 16).sign(), None, None, training=True)
+        assert spread(z).item() == pytest.approx(2 * math.sqrt(n - 1) / n, abs=1e-3)
+    x = torch.randn(8, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    for _ in range(500):  # whatever else there is, nothing is nearer
+        z = F.batch_norm(x, None, None, training=True)
+        length = F.normalize(z).sum(dim=0).norm()
+        optimizer.zero_grad()
+        (-length).backward()
+        optimizer.step()
+    assert 6 - 1e-2 < length.item() < 6 + 1e-4
+
+
 def test_effective_rank_is_the_exponential_entropy_of_the_singular_values():
     # Three times +-e1 and once +-e2, centred: singular values sqrt(6) and sqrt(2).
     uneven = torch.tensor([[1.0, 0, 0]] * 3 + [[-1.0, 0, 0]] * 3 + [[0, 1.0, 0], [0, -1.0, 0]])
@@ -1559,7 +1575,7 @@ def healthy():
 
 
 def test_with_stop_gradient_the_spread_stays_and_without_it_is_lost(healthy):
-    """Fig. 2. With the BN on z a part of the spread stays, without that BN none (see the README)."""
+    """Fig. 2. With the BN on z that of all against one stays (see spread), without that BN none."""
     loss, spread_ = short_run("--no-stop-gradient")
     assert healthy[1] > 0.7 and spread_ < 0.65 * healthy[1] and loss < healthy[0]
     assert short_run("--bn", "hidden", seeds=[0])[1] > 0.5

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PANELS = [
     ("loss", -1.0, 0.0, "loss (minimum -1)"),
-    ("spread", 0.0, 1.0, "spread of z (collapsed: 0)"),
+    ("spread", 0.0, 1.0, "spread of z (healthy: 1)"),
     ("knn", 0.0, 1.0, "kNN top-1"),
 ]
 COLORS, WIDTH, HEIGHT, GAP = ["#1b6ca8", "#c8401f", "#3a8a3e"], 250, 170, 60
