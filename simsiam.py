@@ -464,10 +464,10 @@ def spread(z: Tensor) -> Tensor:
     1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle). With the
     BN on z collapsed is about 2 sqrt(N - 1) / N: 0.25 for a batch of 64, 0.09 for 512.
     """
-    # Why not 0 then: BN makes the mean of the z zero, so they can't all point one way. At the nearest, all but
-    # one do, and that one points the opposite way. Without the stop-gradient a run ends close to that.
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
     # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.
+    # Why BN keeps it from 0: it makes the mean of the z zero, so they cannot all point one way. At the nearest,
+    # all but one do, and that one points the opposite way. Runs without the stop-gradient end close to that.
     # correction=0, so that one sample alone gives 0 and not nan.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 

@@ -715,7 +715,11 @@ def test_spread_is_the_std_of_normalized_outputs():
 
 
 def test_BN_on_z_leaves_a_collapsed_batch_the_spread_of_all_against_one():
-    """Centred z can't all point one way. |sum of z / |z|| <= N - 2: write the longest z as minus the others."""
+    """Their mean is zero, so they can't all point one way: the sum of z / |z| is never longer than N - 2.
+
+    Scale the longest z to 1: it is minus the sum of the others, so their lengths w <= 1 add up to 1 or more,
+    and the sum of all z / |z| is that of (1 - w) z / |z| over the others, no longer than N - 1 - 1.
+    """
     for n in (8, 64, 512):
         z = F.batch_norm(torch.eye(n)[:, :1] * torch.randn(1, 16).sign(), None, None, training=True)
         assert spread(z).item() == pytest.approx(2 * math.sqrt(n - 1) / n, abs=1e-3)
