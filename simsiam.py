@@ -466,8 +466,8 @@ def spread(z: Tensor) -> Tensor:
     """
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
     # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.
-    # Why BN keeps it from 0: it makes the mean of the z zero, so they cannot all point one way. At the nearest,
-    # all but one do, and that one points the opposite way. Runs without the stop-gradient end close to that.
+    # Why BN keeps it from 0: the mean of the z is zero, so they cannot all point one way. At the nearest, all
+    # but one do, and that one points the opposite way. Runs without the stop-gradient end close to that.
     # correction=0, so that one sample alone gives 0 and not nan.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
