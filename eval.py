@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from simsiam import build_backbone, crop_and_flip, knn_predict, to_device, unit
 from train import (
-    ARRAYS, Images, Progress, all_finite, extract_features, fail, find_images, in_range, learning_rate,
-    load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint, recipe_of,
-    save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
+    ARRAYS, DATASETS, Images, Progress, all_finite, extract_features, fail, find_images, in_range,
+    learning_rate, load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint,
+    recipe_of, save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def finetune(
     # First the head alone, by the linear probe's lr: gradients of an untrained one would ruin the backbone.
     fit(head, (bank[i] for _, i in steps), targets, len(steps), batch / 256)
     model = nn.Sequential(backbone.requires_grad_(True), head)
-    # BN keeps the statistics of the pretraining, for ten labelled images give worse; an untrained network
-    # has none to keep.
+    # BN keeps the statistics of the pretraining, for ten labelled images give worse. An untrained network
+    # has none to keep; the head's standardization follows it.
     model.train(args.untrained)
     # Clipped, for pretraining leaves weights so small that a usual lr would be far too large for them.
     cut = crops(train, steps, args.crop_min, args.device, args.workers)
@@ -213,7 +213,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     pictures = open_pictures(args)
     train, test = load_data(args)
     tasks = choose_tasks(args, train, test)
-    is_own = content.get("args", {}).get("data") == args.data  # the images that it was trained on
+    is_own = not args.untrained and content.get("args", {}).get("data") == args.data  # trained on these
     if args.holdout and is_own and content.get("data") not in (None, train.fingerprint()):
         print0("warning: trained without --holdout, so these test images are known to it", sys.stderr)
     if args.labels_per_class:
@@ -253,7 +253,7 @@ def evaluate(args: argparse.Namespace, content: dict[str, Any]) -> None:
     if args.features:
         save_features(args.features, train=(bank, train), **({"test": (features, test)} if test else {}))
     is_run = is_own and Path(args.checkpoint).name == "checkpoint.pt"
-    changed = args.untrained or args.task == "finetune" or args.labels_per_class
+    changed = args.task == "finetune" or args.labels_per_class
     if is_run and not changed:  # neighbours by the run's features, among all of its images
         save_neighbors(train, shown, bank, features, Path(args.checkpoint).with_name("neighbors.png"))
 
@@ -349,7 +349,7 @@ def open_pictures(args: argparse.Namespace) -> Images:
 
 
 def print_neighbors(pictures: Images, features: Tensor, train: Images, bank: Tensor) -> None:
-    """Of each picture the five nearest training images by cosine: their number or file, and their class."""
+    """Of each picture the five nearest training images by cosine: file, or place among these; and class."""
     cosine, nearest = (unit(features) @ unit(bank).T).topk(min(5, len(bank)), dim=1)
     for file, values, indices in zip(pictures.files, cosine.tolist(), nearest.tolist()):
         print0(file)
@@ -460,6 +460,8 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     data = (args.data or str(saved.get("data", ""))).replace("\0", "?")
     if not data:
         fail(f"which images? {args.checkpoint} does not say: add --data")
+    if data not in (*DATASETS, ARRAYS):
+        data = os.path.realpath(data)  # as a run saves it
 
     kept = [*FIXED, "data_dir", "image_size", "crop_min"]  # the run's own seed and the like are not ours
     usual = recipe_of(data, args.recipe).items()

@@ -31,7 +31,7 @@ Where this file departs from the authors' released code or from the paper's text
     on a ResNet-18 that would be 512. The predictor's is d / 4 for every d, 512 for the paper's 2048.
   - The cosine is computed in float32 at least, also under autocast.
   - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
-  - The BN on z has no learned scale and shift: so their code has it; Sec. 3 does not say it (Sec. 4.4).
+  - The BN on z has no learned scale and shift, as in their code and in Sec. 4.4, but not in Sec. 3.
 
 Use it like this. The example runs as it stands, on 32 images of noise:
 
@@ -44,7 +44,7 @@ Use it like this. The example runs as it stands, on 32 images of noise:
     lr = 0.03 * 16 / 256                                             # of App. D, for a batch of 16
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     for x in loader:
-        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)  # standardize real images then
+        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)  # then (x - mean) / std
         loss = simsiam_loss(*model(x1, x2))                          # p1, p2, z1, z2
         optimizer.zero_grad()
         loss.backward()
@@ -163,13 +163,11 @@ def small_resnet(width: int) -> nn.Sequential:
     Ours as well. Three times a convolution that halves the map and a residual block, then a wide 1x1.
     """
     layers: list[nn.Module] = []
-    channels = 3
-    for out in (width, 2 * width, 4 * width):
+    for channels, out in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
         block = BasicBlock(out, out)
         nn.init.zeros_(block.bn2.weight)  # as zero_init_residual below
         layers += [*conv_bn_relu(channels, out, kernel_size=3, stride=2), block]
-        channels = out
-    layers += conv_bn_relu(channels, 8 * width, kernel_size=1, stride=1)
+    layers += conv_bn_relu(4 * width, 8 * width, kernel_size=1, stride=1)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
 
@@ -461,8 +459,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 def spread(z: Tensor) -> Tensor:
     """Standard deviation of the unit vectors z / |z|, (N, d), times sqrt(d): a scalar in [0, 1].
 
-    1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle). With the
-    BN on z collapsed is about 2 sqrt(N - 1) / N: 0.25 for a batch of 64, 0.09 for 512.
+    1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle); but with
+    BN on z a collapsed batch keeps about 2 sqrt(N - 1) / N: 0.25 for 64 images, 0.09 for 512.
     """
     # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
     # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.

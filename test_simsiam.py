@@ -1072,9 +1072,13 @@ def test_holdout_keeps_the_same_tenth_of_the_training_set_apart_whatever_the_see
 def test_what_was_held_out_is_tested_on_again_and_what_was_not_is_warned_of(pretrained, capsys):
     train.main([*SMALL, "--epochs", "1", "--holdout", "--out", "held"])
     assert "next: python eval.py held --holdout\n" in capsys.readouterr().out
-    for run, warnings in (("held", 0), ("run", 1)):
-        evaluation.main([run, "knn", "--holdout"])
-        assert capsys.readouterr().err.count("trained without --holdout") == warnings
+    np.savez("seen.npz", train_images=np.zeros((50, 8, 8), np.uint8), train_labels=np.arange(50) % 2)
+    train.main(["seen.npz", *FOLDER, "--out", "all"])
+    for words, warnings in (
+        ("held", 0), ("run", 1), ("run --untrained", 0), ("all", 1), ("all --data ./seen.npz", 1),
+    ):  # fmt: skip
+        evaluation.main([*words.split(), "--holdout"])
+        assert capsys.readouterr().err.count("trained without --holdout") == warnings, words
 
 
 def arrays_of(n=40, side=28, **more):
@@ -3301,3 +3305,11 @@ def test_readme_names_no_flag_that_the_scripts_do_not_have():
     torchrun = ("--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv", "--index-url")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
     assert not {flag for flag in named - known if not flag.startswith(torchrun)}
+
+
+def test_readme_loads_a_backbone_as_written(pretrained):
+    text = (HERE / "README.md").read_text()
+    code = re.search("```python\n(import torch, simsiam.*?)```", text, re.DOTALL)[1]
+    names = {}
+    exec(code.replace("runs/textures", "run"), names)
+    assert names["features"].shape == (16, names["feature_dim"])

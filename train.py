@@ -181,7 +181,7 @@ class Trainer:
         return iter(make_loader(self.images, requests, args.workers))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types only. "backbone" is a part of "model" again, for plain torchvision."""
+        """Tensors and plain types only. "backbone" repeats a part of "model", for plain torchvision."""
         return dict(
             model=self.model.state_dict(), backbone=self.model.backbone.state_dict(),
             targets=self.targets.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -236,9 +236,10 @@ def build_optimizer(
     # That the constant one knows no warmup either is not in the paper (the authors, in issue 11 of their
     # repository). Weight decay is on everything, on the scale and bias of BN too (App. A).
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
-    groups = [dict(params=encoder, constant=False)]
-    if predictor := list(model.predictor.parameters()):
-        groups.append(dict(params=predictor, constant=not decay_predictor_lr))
+    groups = [
+        dict(params=encoder, constant=False),
+        dict(params=model.predictor.parameters(), constant=not decay_predictor_lr),
+    ]
     return torch.optim.SGD(groups, lr=peak, momentum=0.9, weight_decay=weight_decay)
 
 
@@ -280,7 +281,7 @@ def pretrain(
             # All ranks stop at the same step: a signal that one of them has noted counts for all.
             stop = int(over_ranks(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))
             # To read a number makes a GPU finish its work first, so this comes rarely.
-            if ended or stop or trainer.step % 50 == 0:
+            if ended or trainer.step % 50 == 0:
                 check_finite(trainer)
             if ended or stop:
                 seconds = max(time.monotonic() - began, 1e-9)  # a clock may stand still
@@ -292,16 +293,14 @@ def pretrain(
                 began = time.monotonic()
                 since = trainer.step
                 keep_copies(trainer, epoch)  # before `save`: a run killed between the two repeats this epoch
-            if stop or (ended and (epoch % args.save_every == 0 or epoch == args.epochs)):
-                save(trainer)
             if stop:
                 break
-        if not stop and trainer.step < trainer.steps:  # the batches ended early: a signal killed a worker
-            stop = max(noted)
+            if ended and (epoch % args.save_every == 0 or epoch == args.epochs):
+                save(trainer)
+        if stop or trainer.step < trainer.steps:  # the latter: a signal killed a worker
             check_finite(trainer)
             save(trainer)
-        if stop:
-            leave(trainer, stop)
+            leave(trainer, stop or max(noted))
     following = shlex.join(["python", "eval.py", args.out]) + (" --data FILE.npz" if arrays else "")
     following += " --holdout" if args.holdout else ""
     print0(f"checkpoint.pt, metrics.jsonl and views.png are in {args.out}; next: {following}")
@@ -814,24 +813,22 @@ def load_folder(root: Path, holdout: bool) -> tuple[list[Part], list[str]]:
         fail(f"{testing[0]} is for test images, and there is no {root}/train to train on")
 
     first = training[0] if training else root
-    source, files = find_images(first)
-    names = [class_folders(files, first)]
-    if "" in names[0]:
-        loose = files[names[0].index("")]
-        if training and any(names[0]):
-            fail(f"{loose} is in no class folder, and others are: move it into one")
-        print0(f"{first}: no labels, for {loose} is in no class folder")
-        return [(source, None, files)], []
-    found = [(source, files)]
-    for folder in testing:
+    found = []
+    names: list[list[str]] = []  # of each image's class
+    for folder in (first, *testing):
         source, files = find_images(folder)
+        column = class_folders(files, folder)
+        if "" in column:
+            loose = files[column.index("")]
+            if folder is not first or (training and any(column)):
+                fail(f"{loose} is in no class folder, and others are: move it into one")
+            print0(f"{first}: no labels, for {loose} is in no class folder")
+            return [(source, None, files)], []
         found.append((source, files))
-        names.append(class_folders(files, folder))
-        if "" in names[1]:
-            fail(f"{files[names[1].index('')]} is in no class folder: move it into one")
-        if differing := sorted({*names[0]} ^ {*names[1]}):
-            few = ", ".join(differing[:5])
-            print0(f"warning: only one of train/ and {folder.name}/ has images of {few}", sys.stderr)
+        names.append(column)
+    if differing := sorted({*names[0]} ^ {*names[-1]}):
+        few = ", ".join(differing[:5])
+        print0(f"warning: only one of train/ and {testing[0].name}/ has images of {few}", sys.stderr)
     classes = sorted({name for column in names for name in column})  # one numbering for both
     tests = f"tests on {testing[0].name}/" if testing else "has nothing to test on"
     if holdout:
