@@ -1077,7 +1077,7 @@ def test_what_was_held_out_is_tested_on_again_and_what_was_not_is_warned_of(pret
     for words, warnings in (
         ("held", 0), ("run", 1), ("run --untrained", 0), ("all", 1), ("all --data ./seen.npz", 1),
     ):  # fmt: skip
-        evaluation.main([*words.split(), "--holdout"])
+        evaluation.main([*words.split(), "knn", "--holdout"])
         assert capsys.readouterr().err.count("trained without --holdout") == warnings, words
 
 
