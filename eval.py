@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from simsiam import build_backbone, crop_and_flip, knn_predict, to_device, unit
 from train import (
-    ARRAYS, DATASETS, Images, Progress, all_finite, extract_features, fail, find_images, in_range,
+    ARRAYS, Images, Progress, all_finite, extract_features, fail, find_images, full_name, in_range,
     learning_rate, load_data, make_loader, normalize, one_line_errors, path_of, print0, read_checkpoint,
     recipe_of, save_picture, schedule, start_parser, to_flags, try_reading, whole_file,
 )  # fmt: skip
@@ -457,11 +457,10 @@ def get_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]
     saved = content.get("args", {"arch": content["arch"]} if "arch" in content else {})
     if not isinstance(saved, dict):
         fail(f"{args.checkpoint} is not a checkpoint of train.py or the authors' code")
-    data = (args.data or str(saved.get("data", ""))).replace("\0", "?")
+    data = args.data or str(saved.get("data", ""))
     if not data:
         fail(f"which images? {args.checkpoint} does not say: add --data")
-    if data not in (*DATASETS, ARRAYS):
-        data = os.path.realpath(data)  # as a run saves it
+    data = full_name(data)
 
     kept = [*FIXED, "data_dir", "image_size", "crop_min"]  # the run's own seed and the like are not ours
     usual = recipe_of(data, args.recipe).items()

@@ -814,7 +814,7 @@ def load_folder(root: Path, holdout: bool) -> tuple[list[Part], list[str]]:
 
     first = training[0] if training else root
     found = []
-    names: list[list[str]] = []  # of each image's class
+    names: list[list[str]] = []  # of the training images' classes, then of the test images'
     for folder in (first, *testing):
         source, files = find_images(folder)
         column = class_folders(files, folder)
@@ -1005,6 +1005,11 @@ NOT_SAVED = ["resume", "out", "device", "workers", "tensorboard"]  # of the mach
 MAY_CHANGE = ["data_dir", "knn_every", "save_every", "keep_every", "keep_best", "amp"]
 
 
+def full_name(data: str) -> str:
+    """DATA as a run saves it: a folder or a file is found again from anywhere."""
+    return data if data in (*DATASETS, ARRAYS) else os.path.realpath(data.replace("\0", "?"))
+
+
 def recipe_of(data: str, recipe: str | None) -> dict[str, Any]:
     usual = "small" if is_npz(data) or data == ARRAYS else "imagenet"
     return RECIPES[recipe or (data if data in DATASETS else usual)]
@@ -1150,12 +1155,10 @@ def get_args(
         fail(f"not all processes see {out}/checkpoint.pt: put --out where all nodes can read it", status=1)
 
     saved = checkpoint["args"] if checkpoint else {}
-    data = (args.data or str(saved.get("data", "textures"))).replace("\0", "?")
+    data = full_name(args.data or str(saved.get("data", "textures")))
     if data == ARRAYS and not arrays:
         again = f"train.main(['--resume', '--out', {str(out)!r}], arrays)"
         fail(f"the images of {out} came from a program: go on there with {again}")
-    if data not in DATASETS and not arrays:
-        data = os.path.realpath(data)  # to be found again from another folder
     parser.set_defaults(**recipe_of(data, args.recipe))
     # What was saved comes first on the command line, and what was typed behind it: the last one counts.
     names = vars(args).keys() - {*NOT_SAVED, "data"}
