@@ -1,14 +1,15 @@
-"""SimSiam: views, model, loss and monitors in one file. Copy it; it needs only torch and torchvision.
+"""SimSiam in one file: loss, networks, augmentation and monitors. It needs only torch and torchvision.
 
 "Exploring Simple Siamese Representation Learning", Xinlei Chen and Kaiming He, CVPR 2021
 (arXiv 2011.10566; sections, equations and tables below are those of the arXiv version).
 
-The idea. Take two random views of one image, say two crops with different colours. An encoder f maps
-both to vectors; a small predictor h must predict the other view's vector from this one's. Doing that
-well needs what the views share, the content of the picture, and so f learns features without a single
-label. An encoder that only had to agree with itself could map every image to one constant. What keeps
-training away from that solution is the stop-gradient: the side that is predicted is taken as given
-(Fig. 2). The predictor has to be there as well (Table 1a).
+The idea. Take two random views of one image, for example two crops with different colors. An encoder f
+maps both to vectors. A small predictor h has to predict one of the vectors from the other. To do this well,
+f must encode what the two views have in common, the content of the image, and so it learns features without
+labels. There is a shortcut: if f maps every image to the same vector, the prediction is perfect and the
+features are useless. The stop-gradient prevents this: the vector to be predicted is treated as a constant
+(Fig. 2). The predictor is necessary too (Table 1a). Negative pairs, a momentum encoder and large batches
+are not.
 
 Algorithm 1 of the paper:
 
@@ -19,37 +20,41 @@ Algorithm 1 of the paper:
         L = D(p1, z2) / 2 + D(p2, z1) / 2        D: negative cosine similarity, z held constant
         L.backward(); update f and h
 
-Symbols:  x  a view, (N, 3, H, W)        f  encoder = backbone, then projector
+Symbols:  x  a view, (N, 3, H, W)        f  encoder: backbone, then projector
           z  projection f(x), (N, d)     h  predictor
           p  prediction h(z), (N, d)     d  output dimension, 2048
-What users keep in the end is the backbone alone. Projector and predictor serve only the training.
+After training, keep only the backbone. Projector and predictor are discarded.
 
-Where this file departs from the authors' released code or from the paper's text, and why:
-  - The stop-gradient stands inside D, as in Eq. 3, and not in forward(): whoever copies only the loss
-    copies the method.
-  - The projector's width is an argument, 2048 by default as in the paper, and not the backbone's:
-    on a ResNet-18 that would be 512. The predictor's is d / 4 for every d, 512 for the paper's 2048.
-  - The cosine is computed in float32 at least, also under autocast.
-  - The Linear before the BN on z has no bias. Theirs has one, frozen: BN subtracts it again.
-  - The BN on z has no learned scale and shift, as in their code and in Sec. 4.4, but not in Sec. 3.
-
-Use it like this. The example runs as it stands, on 32 images of noise:
+Usage. This example runs as it is, on random images:
 
     import torch
     from simsiam import SimSiam, augment, build_backbone, simsiam_loss
 
-    loader = torch.rand(2, 16, 3, 32, 32)                            # batches of images in [0, 1]
+    loader = torch.rand(2, 8, 3, 32, 32)                             # two batches of images in [0, 1]
     backbone, feature_dim = build_backbone("resnet18", stem="cifar")
     model = SimSiam(backbone, feature_dim, layers=2)                 # App. D
-    lr = 0.03 * 16 / 256                                             # of App. D, for a batch of 16
+    lr = 0.03 * 8 / 256                                              # App. D, for a batch of 8
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
     for x in loader:
-        x1, x2 = augment(x, 32, blurred=0), augment(x, 32, blurred=0)  # then (x - mean) / std
+        x1 = augment(x, size=32, blur_probability=0)                 # no blur on CIFAR-10 (App. D)
+        x2 = augment(x, size=32, blur_probability=0)
+        # With real images, standardize both views here: (x1 - mean) / std.
         loss = simsiam_loss(*model(x1, x2))                          # p1, p2, z1, z2
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = model.backbone.eval()(x)                              # (16, 512): what you keep
+    features = model.backbone.eval()(x)                              # (8, 512)
+
+Differences from the authors' code and from the paper (skip these on a first reading):
+  - The stop-gradient is inside D, as in Eq. 3, not in forward(), so copying the loss is enough.
+  - The projector's hidden width is an argument, 2048 by default as in the paper. In the authors' code it is
+    the length of the backbone's features, which would be 512 for a ResNet-18.
+  - The cosine is computed in float32 or better, also under autocast.
+  - The projector's last Linear has no bias. The authors' has a frozen one, which the BN after it cancels.
+  - The BN on z has no learned scale and shift. Sec. 4.4 and the authors' code agree; Sec. 3 has them.
+Accuracies below are ImageNet linear top-1 after 100 epochs, from the paper. The full method has 67.7 % if
+the predictor's learning rate decays (Fig. 2, Table 1), 68.1 % if it does not (Tables 1c to 3), and 68.2 %
+if the BN on z also has no scale and shift (Sec. 4.4).
 """
 
 import math
@@ -61,66 +66,12 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-Similarity = Callable[[Tensor, Tensor], Tensor]  # of p and z, both (N, d): a scalar to be minimized
+Similarity = Callable[[Tensor, Tensor], Tensor]  # from p and z, both (N, d), to a scalar to be minimized
 RESNETS = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
 ARCHS = ["convnet", "small-resnet", *RESNETS]
 
 # ------------------------------------------------------------------------------------------------
 # The loss
-
-
-def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """Eq. 1: minus the cosine of p and z, both (N, d), averaged over N: a scalar in [-1, 1].
-
-    The minimum is -1, so a negative loss is right. Computed in float32 at least, whatever comes in.
-    """
-    # In terms of unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
-    return -(unit(p) * unit(z)).sum(dim=-1).mean()
-
-
-def D(
-    p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine
-) -> Tensor:
-    """How far the predictions p are from the targets z, both (N, d): a scalar. Eq. 3: z is held constant."""
-    # THE line of the paper. z is the target, and a target is given, not adjusted: gradient flows into
-    # the encoder through p only. Take the detach away and both sides move towards each other; the
-    # fastest way to meet is to map every image to one vector. The loss is soon -1 and the features
-    # are worthless: 67.7 % ImageNet top-1 with this line, 0.1 % without (Fig. 2). Negatives, a momentum
-    # encoder or a large batch are not needed. A predictor is: without one, the symmetrized loss has the
-    # same gradient with the detach as without it, only half as large, and collapses. The asymmetric loss
-    # is another one with the detach, but without h it fails too (Sec. 4.2, Table 1a).
-    # Sec. 5 offers a hypothesis of what is optimized: as in k-means or EM, two sets of unknowns in turn,
-    # the weights and one target vector an image, each solved for with the other held fixed. The detach is
-    # then natural. Why this alternation does not end in a constant, the paper leaves open (Sec. 5.3).
-    if stop_gradient:
-        z = z.detach()
-    return similarity(p, z)
-
-
-def simsiam_loss(
-    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True,
-    stop_gradient: bool = True, similarity: Similarity = negative_cosine,
-) -> Tensor:  # fmt: skip
-    """The symmetrized loss of Eq. 4: a scalar. All of p1, p2, z1, z2 are (N, d).
-
-    Note the crossing: the prediction from view 1 meets the projection of view 2. D(p1, z1) would
-    compare a view with itself, h could learn the identity, and the loss would fall for no reason.
-    """
-    # Each view serves once as the source and once as the target. One direction alone also works, at
-    # 64.8 instead of 68.1 %: it makes only half as many predictions per image (Sec. 4.6).
-    if not symmetric:
-        return D(p1, z2, stop_gradient, similarity)
-    return D(p1, z2, stop_gradient, similarity) / 2 + D(p2, z1, stop_gradient, similarity) / 2
-
-
-def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
-    """Another similarity, in [0, inf): the d channels as d classes, z saying how likely each is (Sec. 4.5).
-
-    It works too, at 63.2 %, so it is not the cosine that prevents collapse.
-    """
-    p = p.to(torch.promote_types(p.dtype, torch.float32))
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def unit(x: Tensor) -> Tensor:
@@ -140,39 +91,97 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
 
 
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """Eq. 1: the negative cosine of p and z, both (N, d), averaged over N. A scalar in [-1, 1]."""
+    # A similarity that is minimized, hence the sign: the minimum is -1, so a negative loss is normal. For
+    # unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
+    return -(unit(p) * unit(z)).sum(dim=-1).mean()
+
+
+def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """Sec. 4.5: cross-entropy, with softmax(z) as the target distribution over d classes. A scalar >= 0.
+
+    It works too (63.2 %), so it is not the cosine that prevents collapse.
+    """
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
+
+
+def D(
+    p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine
+) -> Tensor:
+    """Distance of the predictions p from the targets z, (N, d) each. A scalar; z is constant (Eq. 3)."""
+    # The detach below is the core of the paper. z is the target and is treated as a constant, so the
+    # encoder gets its gradient through p only. Without the detach both sides move towards each other, and
+    # the quickest way for them to agree is to map every image to the same vector: the loss soon reaches -1,
+    # and the features are worthless. ImageNet top-1 is 67.7 % with it and 0.1 % without it (Fig. 2).
+    #
+    # The predictor is needed as well. Without it, both terms of the symmetrized loss are D(z1, z2) with one
+    # side held constant. Together they have exactly half the gradient of D(z1, z2) without any detach, and
+    # training collapses all the same. So does the asymmetric loss without h (Sec. 4.2, Table 1a).
+    #
+    # Why does it work? Sec. 5 offers a hypothesis: as in k-means or EM, two sets of unknowns are solved for
+    # in turn, the weights and one target vector per image, each with the other held fixed. Then the detach
+    # is natural. The paper leaves open why this alternation does not end in a constant (Sec. 5.3).
+    if stop_gradient:
+        z = z.detach()
+    return similarity(p, z)
+
+
+def simsiam_loss(
+    p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor, symmetric: bool = True,
+    stop_gradient: bool = True, similarity: Similarity = negative_cosine,
+) -> Tensor:  # fmt: skip
+    """The symmetrized loss of Eq. 4: a scalar. All of p1, p2, z1, z2 are (N, d).
+
+    Note the crossing: the prediction from view 1 is compared with the projection of view 2. D(p1, z1) would
+    compare a view with itself; h could learn the identity, and the loss would fall without anything being
+    learned.
+    """
+    # Each view serves once as the source and once as the target. One direction alone also works, with 64.8
+    # instead of 68.1 %, but it makes half as many predictions per image (Sec. 4.6).
+    if not symmetric:
+        return D(p1, z2, stop_gradient, similarity)
+    return D(p1, z2, stop_gradient, similarity) / 2 + D(p2, z1, stop_gradient, similarity) / 2
+
+
 # ------------------------------------------------------------------------------------------------
-# The encoder f = backbone + projector, and the predictor h
+# The encoder f = backbone + projector, and the predictor h. `bn` says which layers of the two MLP heads
+# have batch normalization, as in the rows of Table 3: "none", "hidden", "default" (all but the output of h)
+# or "all".
 
 
 def convnet(width: int) -> nn.Sequential:
-    """A small six-layer network for 32x32 images: (N, 3, H, W) to (N, 8 * width).
+    """A plain network of six layers for 32x32 images: (N, 3, H, W) to (N, 8 * width).
 
-    Ours, not the paper's: it lets the whole method run on a laptop's CPU in about two minutes.
+    Not from the paper. It lets the whole method run on a laptop in about two minutes.
     """
     layers: list[nn.Module] = []
     channels = 3
-    for out, stride in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]:
-        layers += conv_bn_relu(channels, out * width, kernel_size=3, stride=stride)
-        channels = out * width
+    for factor, stride in [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)]:
+        layers += conv_bn_relu(channels, factor * width, kernel_size=3, stride=stride)
+        channels = factor * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
 
 def small_resnet(width: int) -> nn.Sequential:
-    """A ResNet for 32x32 photographs and a laptop: (N, 3, H, W) to (N, 8 * width).
+    """A small ResNet for 32x32 photographs on a laptop: (N, 3, H, W) to (N, 8 * width).
 
-    Ours as well. Three times a convolution that halves the map and a residual block, then a wide 1x1.
+    Not from the paper either. Three stages, each a convolution with stride 2 and a residual block, then a
+    1x1 convolution.
     """
     layers: list[nn.Module] = []
     for channels, out in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
         block = BasicBlock(out, out)
-        nn.init.zeros_(block.bn2.weight)  # as zero_init_residual below
+        nn.init.zeros_(block.bn2.weight)  # zero_init_residual, see build_backbone
         layers += [*conv_bn_relu(channels, out, kernel_size=3, stride=2), block]
     layers += conv_bn_relu(4 * width, 8 * width, kernel_size=1, stride=1)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
 
 def conv_bn_relu(channels: int, out: int, kernel_size: int, stride: int) -> list[nn.Module]:
-    """(N, channels, H, W) to (N, out, H / stride, W / stride), rounded up."""
+    """(N, channels, H, W) to (N, out, H / stride, W / stride)."""
     conv = nn.Conv2d(channels, out, kernel_size, stride, padding=kernel_size // 2, bias=False)
     return [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
@@ -180,11 +189,10 @@ def conv_bn_relu(channels: int, out: int, kernel_size: int, stride: int) -> list
 def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[nn.Module, int]:
     """A backbone without its classifier, and the length of its feature vector.
 
-    arch: "convnet" or "small-resnet" (of that `width`), or the name of any ResNet in torchvision.
-    stem: of a ResNet; "imagenet" for images of about 224 pixels, "cifar" for about 32.
-    The ResNets keep torchvision's parameter names, so plain torchvision loads their state_dict, and
-    only `fc` is missing (and with the CIFAR stem conv1 has its own shape). Raises ValueError on an
-    unknown arch or stem.
+    arch: "convnet", "small-resnet" (both with the given width), or any ResNet in torchvision.
+    stem: first layers of a ResNet: "imagenet" for about 224 pixels, "cifar" for about 32.
+    The ResNets keep torchvision's parameter names, so their state_dict fits torchvision's model, except for
+    the missing `fc`. Raises ValueError for an unknown arch or stem.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
@@ -195,13 +203,13 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     if arch == "small-resnet":
         return small_resnet(width), 8 * width
 
-    # zero_init_residual: the last BN of each block starts at 0, so each block starts as its shortcut
-    # alone (App. A). It matters for stability, the authors say in issue 28 of their repository.
+    # zero_init_residual: the last BN of each block starts at 0, so that a block starts as its shortcut
+    # (App. A). The authors call it important for stability (issue 28 of their repository).
     net = models.get_model(arch, weights=None, zero_init_residual=True)
     if stem == "cifar":
-        # The ImageNet stem, 7x7 with stride 2 and then a max-pool, leaves 8x8 of 32x32 pixels before the
-        # first block. CIFAR's keeps all of them; App. D says "the CIFAR variant of ResNet-18", no more. With
-        # a padding of 2, as some code has it, the maps grow to 34x34, and the same state_dict still fits.
+        # The ImageNet stem reduces 32x32 pixels to 8x8 before the first block; the CIFAR stem keeps them.
+        # (App. D says only "the CIFAR variant of ResNet-18".) Some implementations use padding=2, which
+        # enlarges the maps to 34x34; the mistake is easy to miss, because the state_dict still loads.
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
@@ -213,10 +221,9 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
 def linear_bn_relu(
     fan_in: int, fan_out: int, bn: bool, affine: bool = True, relu: bool = True
 ) -> list[nn.Module]:
-    """One layer of a head, (N, fan_in) to (N, fan_out): Linear, BN or not, ReLU or not."""
-    # A bias before BN would be subtracted again with the mean. The Linears keep PyTorch's default
-    # initialization, U(-sqrt k, sqrt k) with k = 1 / fan_in: drawn with a fixed standard deviation of
-    # 0.01 instead, training may not converge (App. A).
+    """One layer of an MLP head, (N, fan_in) to (N, fan_out): Linear, optional BN, optional ReLU."""
+    # BN would cancel a bias. The Linears keep PyTorch's default initialization; with a fixed standard
+    # deviation of 0.01, as is common elsewhere, training may not converge (App. A).
     layer: list[nn.Module] = [nn.Linear(fan_in, fan_out, bias=not bn)]
     if bn:
         layer.append(nn.BatchNorm1d(fan_out, affine=affine))
@@ -228,29 +235,29 @@ def linear_bn_relu(
 def build_projector(
     feature_dim: int, hidden: int, dim: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
-    """The projection MLP of Sec. 3: (N, feature_dim) to (N, dim) in `layers` layers. `bn` as in SimSiam."""
+    """The projection MLP of Sec. 3, (N, feature_dim) to (N, dim), of `layers` layers."""
     mlp: list[nn.Module] = []
     fan_in = feature_dim
     for _ in range(layers - 1):
-        # Hidden BN is what makes training easy: 34.6 % without any BN, 67.4 % with this one (Table 3a, b).
+        # BN in the hidden layers makes training work: 34.6 % without any BN, 67.4 % with it (Table 3a, b).
         mlp += linear_bn_relu(fan_in, hidden, bn=bn != "none")  # (N, hidden)
         fan_in = hidden
-    # BN on the output as well: 68.1 % (Table 3c). Its learned scale and shift are not needed, 68.2 % without
-    # (Sec. 4.4), and z is then exactly centred. No ReLU: z may point in any direction.
+    # BN on the output as well: 68.1 % (Table 3c). Learned scale and shift are not needed: 68.2 % without
+    # (Sec. 4.4). No ReLU, because z may point in any direction.
     mlp += linear_bn_relu(fan_in, dim, bn=bn in ("default", "all"), affine=affine, relu=False)  # (N, d)
     return nn.Sequential(*mlp)
 
 
 def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential:
-    """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck. `bn` as in SimSiam."""
-    # What h is for: the best target of an image would be the mean of z over all augmentations, of which a
-    # step sees one. h learns to fill the gap, says Sec. 5.1. And why its learning rate is best constant:
-    # it has to follow the latest representations (Sec. 4.2, Table 1c).
+    """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck."""
+    # Sec. 5.1: ideally the target would be the mean of z over all augmentations, but a step samples only
+    # one of them. h learns to predict that mean. A constant learning rate suits it best, because it has to
+    # keep up with the latest representations (Sec. 4.2, Table 1c).
     return nn.Sequential(
-        # A bottleneck. As wide as its output, h can be less stable (App. B).
+        # A bottleneck: with a hidden layer as wide as the output, training can be less stable (App. B).
         *linear_bn_relu(dim, hidden, bn=bn != "none"),  # (N, hidden)
-        # Neither BN nor ReLU here: with BN on this output training is unstable and the loss oscillates,
-        # though nothing collapses (Table 3d). Our reading: h regresses a target that may be anywhere.
+        # No BN and no ReLU here. With BN on this output, training is unstable: the loss oscillates, but
+        # there is no collapse (Table 3d).
         *linear_bn_relu(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
     )
 
@@ -258,16 +265,14 @@ def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential
 class SimSiam(nn.Module):
     """Encoder f = projector(backbone(x)) and predictor h, for two views at a time (Sec. 3).
 
-    backbone: any module that maps images to (N, feature_dim): `build_backbone`, timm, a ViT, yours.
-    dim: d, the length of z and p; 2048 beats 1024 (67.5), 512 (67.2) and 256 (65.3 %) (App. B).
-    hidden: width of the projector's hidden layers, whatever the backbone's width.
+    backbone: any module that maps images to (N, feature_dim): from build_backbone, from timm, your own.
+    dim: d, the length of z and p; 2048 gives 68.1 %, 1024 67.5, 512 67.2, 256 65.3 (App. B).
+    hidden: width of the projector's hidden layers.
     layers: 3 on ImageNet (Sec. 3), 2 on CIFAR-10 (App. D).
-    predictor_hidden: the bottleneck of h, by default dim // 4 (App. B).
+    predictor_hidden: width of the bottleneck of h, by default dim // 4 (App. B).
 
-    For the paper's ablations:
-    bn: BN in the heads, row by row of Table 3: "none", "hidden", "default" (all but h's output), "all".
-    affine: scale and shift in the BN on z (Sec. 4.4).
-    Raises ValueError on another bn.
+    bn: BN in the heads (see above). affine: learned scale and shift in the BN on z (Sec. 4.4).
+    Raises ValueError for an unknown bn.
     """
 
     def __init__(
@@ -282,123 +287,105 @@ class SimSiam(nn.Module):
         self.predictor = build_predictor(dim, predictor_hidden or max(1, dim // 4), bn)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views x1 and x2, both (N, 3, H, W), to (p1, p2, z1, z2), each (N, d). N > 1 in training: BN."""
-        # Two calls and not one on torch.cat([x1, x2]): BN normalizes each call by its own mean and variance,
-        # so the two ways are different functions. The authors' code does it in two, and so do we.
-        # Both happen inside this one forward because DDP wants one wrapped call per backward.
+        """Maps views x1 and x2, (N, 3, H, W), to p1, p2, z1, z2, (N, d). BN needs N > 1 in training."""
+        # Two calls, not one on torch.cat([x1, x2]): BN normalizes each call by its own mean and variance,
+        # so the results differ. The authors' code makes two calls as well. Both are inside this one forward
+        # because DDP needs exactly one wrapped call per backward.
         z1 = self.projector(self.backbone(x1))  # (N, d)
         z2 = self.projector(self.backbone(x2))  # (N, d)
-        # z1 and z2 are returned with their gradient: holding them constant is the loss's business (see D).
+        # z1 and z2 are not detached here; D does that.
         return self.predictor(z1), self.predictor(z2), z1, z2
 
 
 # ------------------------------------------------------------------------------------------------
-# Views (App. A): a whole batch at a time, on its device, with parameters drawn for every image. All of it
-# takes x, (N, 3, H, W) float in [0, 1]. Parameters are drawn on the CPU, the same ones for every device. They
-# go over in two pieces, for crop and colours, and none is waited for: a GPU is busy with the step before.
+# Augmentation (App. A), of a whole batch at a time and on its device, which is fast. Random parameters are
+# drawn for each image, except the order of the color jitter. x is always (N, 3, H, W), float, in [0, 1].
 
 
-def augment(x: Tensor, size: int, crop_min: float = 0.2, blurred: float = 0.5) -> Tensor:
-    """A random view of each image, (N, 3, size, size) in [0, 1]; for the second view, call it again.
+def augment(x: Tensor, size: int, min_scale: float = 0.2, blur_probability: float = 0.5) -> Tensor:
+    """One random view of each image, (N, 3, size, size) in [0, 1]. Call it twice for two views.
 
-    crop_min: the smallest crop, as a share of the area. blurred: the share of images that are; 0.5 is
-    in the authors' code, not in the paper; 0 for CIFAR-10 (App. D).
+    size: side in pixels, 7 or more. min_scale: area of the smallest crop, as a fraction of the image's.
+    blur_probability: 0.5 is from the authors' code, not from the paper; CIFAR-10 has 0 (App. D).
     """
-    return recolor(crop_and_flip(x, size, crop_min), blurred)
+    return recolor(crop_and_flip(x, size, min_scale), blur_probability)
 
 
-def recolor(x: Tensor, blurred: float = 0.5) -> Tensor:
-    """What follows the crop: color jitter, gray and blur, each in some images. Changes x, and returns it."""
+def recolor(x: Tensor, blur_probability: float = 0.5) -> Tensor:
+    """Color jitter, grayscale and blur, each on a random subset of x, (N, 3, H, W). Changes x in place."""
 
     def some(probability: float) -> Tensor:
-        return (torch.rand(len(x)) < probability).nonzero()[:, 0]
+        """Indices of the images that the next operation applies to."""
+        return (torch.rand(len(x), device=x.device) < probability).nonzero()[:, 0]
 
-    def factors(count: int, low: float, high: float) -> Tensor:
-        return torch.empty(count).uniform_(low, high)
+    def uniform(n: int, low: float, high: float) -> Tensor:
+        """n random numbers, (n, 1, 1, 1): one per image, the same for all its pixels."""
+        return torch.empty(n, 1, 1, 1, device=x.device).uniform_(low, high)
 
-    # ColorJitter(0.4, 0.4, 0.4, 0.1) in 80 % of the images, in a random order that one batch shares.
+    # ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8. Its four operations come in a random order, the
+    # same for the whole batch.
+    chosen = some(0.8)
+    jittered = x[chosen]
     jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
-    colored = some(0.8)
-    operations = [jitter[i] for i in torch.randperm(4).tolist()]
-    strengths = [factors(len(colored), low, high) for _, low, high in operations]
-    grayed = some(0.2)
-    soft = some(blurred)
-    sigma = factors(len(soft), 0.1, 2.0)
-    drawn = [colored, grayed, soft, sigma, *strengths]
-    colored, grayed, soft, sigma, *strengths = in_one_copy(drawn, x.device)
+    for i in torch.randperm(4).tolist():
+        operation, low, high = jitter[i]
+        jittered = operation(jittered, uniform(len(chosen), low, high))
+    x[chosen] = jittered
 
-    jittered = x[colored]
-    for (operation, _, _), strength in zip(operations, strengths):
-        jittered = operation(jittered, strength.view(-1, 1, 1, 1))
-    x[colored] = jittered
-    x[grayed] = to_gray(x[grayed]).expand(-1, 3, -1, -1)
-    if len(soft):
-        x[soft] = blur(x[soft], sigma)
+    chosen = some(0.2)
+    x[chosen] = to_gray(x[chosen]).expand(-1, 3, -1, -1)
+
+    chosen = some(blur_probability)
+    x[chosen] = blur(x[chosen], sigma=uniform(len(chosen), 0.1, 2.0))
     return x
 
 
-def in_one_copy(parts: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors (n,), each of its own length and dtype, on a device, in the time that a copy of one takes."""
-    whole = torch.cat([part.float() for part in parts])  # float32 is exact for indices, up to 2**24 of them
-    pieces = to_device(whole, device).split([len(part) for part in parts])
-    return [piece.to(part.dtype) for piece, part in zip(pieces, parts)]
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device, without waiting for the copy."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()  # from other memory, CUDA may wait
-    # On Apple's GPUs such a copy may read memory that is free again by then (torch's issue 139550).
-    return x.to(device, non_blocking=device.type != "mps")
-
-
-def crop_and_flip(x: Tensor, size: int, crop_min: float) -> Tensor:
-    """RandomResizedCrop, then a flip with probability 1/2: (N, 3, size, size)."""
-    n, _, height, width = x.shape
-    boxes = crop_boxes(n, height, width, crop_min)
-    top, left, h, w, flipped = in_one_copy([*boxes, torch.rand(n) < 0.5], x.device)
-    columns = resize_matrix(left, w, width, size)
+def crop_and_flip(x: Tensor, size: int, min_scale: float) -> Tensor:
+    """RandomResizedCrop to (N, 3, size, size), then a horizontal flip with probability 1/2."""
+    n, channels, height, width = x.shape
+    top, left, crop_height, crop_width = random_crops(n, height, width, min_scale, x.device)
+    rows = resize_matrix(top, crop_height, height, size)  # (N, size, H)
+    columns = resize_matrix(left, crop_width, width, size)  # (N, size, W)
+    flipped = torch.rand(n, device=x.device) < 0.5
     columns = torch.where(flipped.view(-1, 1, 1), columns.flip(1), columns)
-    return crop_and_resize(x, resize_matrix(top, h, height, size), columns)
+    # rows @ image @ columns.T for every channel of every image.
+    x = (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, size)
+    return rows.unsqueeze(1) @ x
 
 
-def crop_boxes(n: int, height: int, width: int, crop_min: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """top, left, height, width, each (N,), as RandomResizedCrop draws them, but for its fallback.
+def random_crops(
+    n: int, height: int, width: int, min_scale: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, left, height and width of n crops, each (n,), with the distribution of RandomResizedCrop.
 
-    After ten tries that do not fit, this one takes the whole image, torchvision's the largest centre of an
-    allowed shape.
+    Only the fallback differs: if none of ten attempts fits, this takes the whole image.
     """
-    area = height * width * torch.empty(n, 10).uniform_(crop_min, 1)
-    ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    area = height * width * torch.empty(n, 10, device=device).uniform_(min_scale, 1)
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     w = (area * ratio).sqrt().round()
     h = (area / ratio).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)  # of the ten tries
+    first = fits.int().argmax(dim=1, keepdim=True)  # the first attempt that fits
     w = torch.where(fits.any(dim=1), w.gather(1, first)[:, 0], width)
     h = torch.where(fits.any(dim=1), h.gather(1, first)[:, 0], height)
-    top = (torch.rand(n) * (height - h + 1)).floor()
-    left = (torch.rand(n) * (width - w + 1)).floor()
+    top = (torch.rand(n, device=device) * (height - h + 1)).floor()
+    left = (torch.rand(n, device=device) * (width - w + 1)).floor()
     return top, left, h, w
 
 
 def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) -> Tensor:
-    """(N, size_out, size_in): cuts `length` pixels from `start` and resizes them, bilinear, antialiased."""
-    # Resizing is linear and separable. As a matrix for the rows and one for the columns, a whole batch of
-    # different crops is two batched products, the crop itself costs nothing, and nor does a flip.
+    """Matrices (N, size_out, size_in) that crop and resize one axis; start and length: (N,), in pixels."""
+    # Resizing is linear and separable: one matrix for the rows, one for the columns. A whole batch of
+    # different crops then takes two batched matrix products, and a flip only reverses the columns.
     start = start.view(-1, 1, 1)
     length = length.view(-1, 1, 1)
     scale = length / size_out
-    centre = start + (torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5) * scale
+    center = start + (torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5) * scale
     pixel = torch.arange(size_in, device=start.device) + 0.5
-    weight = (1 - (pixel - centre).abs() / scale.clamp_min(1)).clamp_min(0)  # a triangle
+    # A triangle around the center. When shrinking it is wider than a pixel, which is the antialiasing.
+    weight = (1 - (pixel - center).abs() / scale.clamp_min(1)).clamp_min(0)
     weight = weight * ((pixel > start) & (pixel < start + length))  # nothing from outside the crop
     return weight / weight.sum(dim=-1, keepdim=True)
-
-
-def crop_and_resize(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(N, 3, S, T): every image of x, (N, 3, H, W), times its rows (N, S, H) and its columns (N, T, W)."""
-    n, channels, height, width = x.shape
-    return rows.unsqueeze(1) @ (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, -1)
 
 
 def to_gray(x: Tensor) -> Tensor:
@@ -406,7 +393,9 @@ def to_gray(x: Tensor) -> Tensor:
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-# The four of ColorJitter. f, (N, 1, 1, 1), is one factor an image.
+# The four operations of ColorJitter, each as in torchvision; f, (N, 1, 1, 1), is one factor per image.
+
+
 def brightness(x: Tensor, f: Tensor) -> Tensor:
     return (x * f).clamp_(0, 1)
 
@@ -420,68 +409,71 @@ def saturation(x: Tensor, f: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, f: Tensor) -> Tensor:
-    """Turns the hue by f of a full circle, as through HSV and back."""
+    """Rotates the hue by the fraction f of a full circle, as a conversion to HSV and back would.
+
+    The formulas are not needed to understand the method; a test compares them with torchvision.
+    """
     red, green, blue = x.unbind(dim=1)  # (N, H, W)
     value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
-    divisor = chroma.clamp_min(1e-6)  # gray has no hue, and with chroma 0 none is used below
+    divisor = chroma.clamp_min(1e-6)  # avoids 0 / 0 for gray; its chroma of 0 removes the hue below
     sector = torch.where(
         value == red,
         (green - blue).div_(divisor),
         torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
     )
     turn = sector.div_(6).add_(f.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
-    # A channel is at its maximum over a third of the circle, at its minimum over another, linear between;
-    # red, green and blue peak a third of a circle apart, which these offsets say.
+    # Around the circle, a channel is at its maximum for a third, at its minimum for a third, and linear in
+    # between. The offsets place the peaks of red, green and blue a third of a circle apart. `below` is the
+    # distance of a channel from the maximum, as a fraction of the chroma.
     offset = (5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)) / 6  # 5/6, 3/6, 1/6
     below = (turn + offset).frac_().mul_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
     return torch.addcmul(value.unsqueeze(1), below, chroma.unsqueeze(1), value=-1)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with a sigma, (N,) in pixels, up to 2; reflecting at the border."""
+    """Gaussian blur; sigma: (N, 1, 1, 1), one per image, up to 2 pixels. H and W must exceed 6."""
     n, channels, height, width = x.shape
-    radius = 6  # three standard deviations of the widest
+    if n == 0:
+        return x  # a convolution needs at least one group
+    radius = 6  # pixels: three times the largest sigma
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-taps.square() / (2 * sigma.view(n, 1).square()))
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
-    # One group a channel of each image, so that every image has its own kernel.
+    # One group per image and channel, so that every image has its own kernel.
     x = F.pad(x.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
     x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
     return F.conv2d(x, kernel[:, None, None, :], groups=n * channels).view(n, channels, height, width)
 
 
 # ------------------------------------------------------------------------------------------------
-# Monitors: is it learning? The loss alone cannot tell, for a collapsed run has the best loss of all.
+# Monitors. The loss cannot tell whether features are being learned: a collapsed network has the lowest loss
+# of all.
 
 
 @torch.no_grad()
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of the unit vectors z / |z|, (N, d), times sqrt(d): a scalar in [0, 1].
+    """Standard deviation of z / |z| over the batch, times sqrt(d): a scalar in [0, 1]. z is (N, d).
 
-    1: directions as spread out as random ones. 0: all alike, collapsed (Sec. 4.1, Fig. 2 middle); but with
-    BN on z a collapsed batch keeps about 2 sqrt(N - 1) / N: 0.25 for 64 images, 0.09 for 512.
+    1: as spread out as random directions. 0: all equal, which is collapse (Sec. 4.1, Fig. 2 middle). With
+    BN on z, a collapsed batch keeps about 2 sqrt(N - 1) / N, which is 0.25 for 64 images and 0.09 for 512.
     """
-    # Where the 1 comes from (footnote 3): d independent Gaussian entries over their length sqrt(d)
-    # leave each with a standard deviation of 1 / sqrt(d). Measure it on z, not on p.
-    # Why BN keeps it from 0: the mean of the z is zero, so they cannot all point one way. At the nearest, all
-    # but one do, and that one points the opposite way. Runs without the stop-gradient end close to that.
-    # correction=0, so that one sample alone gives 0 and not nan.
+    # Why 1: divide a vector of d independent Gaussian entries by its length, about sqrt(d). Each entry then
+    # has a standard deviation of 1 / sqrt(d) (footnote 3). Why not 0 with BN: the z of a batch sum to zero,
+    # so they cannot all point the same way. At most all but one agree, and runs without the stop-gradient
+    # end close to that.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def effective_rank(features: Tensor) -> Tensor:
-    """In how many directions do unit features, (N, D), vary? A scalar from 1 to min(N - 1, D); 1 for one row.
+    """Effective number of dimensions that normalized features (N, D) use: a scalar from 1 to min(N - 1, D).
 
-    nan where a feature is not finite.
-    The exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007), taken
-    around the mean. Spread can look healthy while half of the dimensions are dead, which is called
-    dimensional collapse (arXiv 2110.09348; for SimSiam 2209.15007). This number sees it.
+    The exponential of the entropy of the normalized singular values of the centered features (Roy and
+    Vetterli, 2007). It reveals dimensional collapse (arXiv 2110.09348; for SimSiam 2209.15007), in which
+    many dimensions are unused although the spread looks healthy. Raises LinAlgError if a feature is nan.
     """
     x = unit(features)  # (N, D)
-    if not x.isfinite().all():  # svdvals would raise
-        return x.new_tensor(math.nan)
     s = torch.linalg.svdvals(x - x.mean(dim=0))  # (min(N, D),)
     share = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny)
     return torch.special.entr(share).sum().exp()  # entr(x) = -x ln x, and 0 at 0
@@ -492,23 +484,21 @@ def knn_predict(
     features: Tensor, bank: Tensor, bank_labels: Tensor, k: int = 200, temperature: float = 0.2,
     chunk_elements: int = 2**25,
 ) -> Tensor:  # fmt: skip
-    """Labels, (N,), of features (N, D), voted by their nearest neighbours in bank (M, D).
+    """Predicts labels (N,) for features (N, D) by a vote of their k nearest neighbors in the bank (M, D).
 
-    Each of the k nearest by cosine votes for its label with weight exp(cosine / temperature), as in
-    InstDisc (Wu et al., 2018); k = 200 and T = 0.2 are not in the paper, but named by its authors (issue
-    10 of their repository). Take the backbone's features, not z, and the whole training set as the bank.
-    bank_labels (M,) may be any integers. A k larger than the bank means all of it.
+    A neighbor votes for its label with weight exp(cosine / temperature), as in InstDisc (Wu et al., 2018).
+    The paper gives neither k nor the temperature; 200 and 0.2 are from issue 10 of the authors' repository.
+    Use the backbone's features, not z, and the whole training set as the bank. bank_labels: (M,), integers.
     """
-    # Any set of labels, {3, 7, -1} too: vote on positions in `classes`, then translate back.
+    # Labels may be any set of integers: vote on positions in `classes`, then translate back.
     classes, positions = bank_labels.unique(return_inverse=True)  # (C,), (M,)
     bank = unit(bank)  # (M, D)
     k = min(k, len(bank))
     predictions = []
-    # A chunk of queries at a time: the whole table of similarities of 50,000 queries with ImageNet's
-    # 1.28 million would be 256 GB. 2**25 entries of float32 are 128 MiB.
+    # In chunks, because all similarities at once would need 256 GB for ImageNet. 2**25 float32 are 128 MiB.
     for query in unit(features).split(max(1, chunk_elements // len(bank))):
         similarity, index = (query @ bank.T).topk(k, dim=1)  # (B, k), (B, k)
-        # Subtracting the best similarity scales all votes alike, and keeps exp from overflow.
+        # Subtracting the maximum scales all votes of a query by the same factor and avoids overflow.
         weight = ((similarity - similarity[:, :1]) / temperature).exp()  # (B, k)
         votes = weight.new_zeros(len(query), len(classes))  # (B, C)
         votes.scatter_add_(1, positions[index], weight)
@@ -517,7 +507,7 @@ def knn_predict(
 
 
 # ------------------------------------------------------------------------------------------------
-# A demonstration: images of noise, more noise as the augmentation, with the stop-gradient and without.
+# Demonstration: random images, noise as the augmentation, with the stop-gradient and without it.
 
 if __name__ == "__main__":
     for stop_gradient in (True, False):
@@ -535,7 +525,7 @@ if __name__ == "__main__":
             loss = simsiam_loss(p1, p2, z1, z2, stop_gradient=stop_gradient)
             if step % 25 == 0:
                 erank = effective_rank(z1)
-                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  rank {erank:4.1f} of 64")
+                print(f"step {step:3d}  loss {loss:6.3f}  spread {spread(z1):.3f}  erank {erank:4.1f}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
