@@ -75,20 +75,8 @@ ARCHS = ["convnet", "small-resnet", *RESNETS]
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of x, (..., d), divided by their length. Computed and returned in float32 at least.
-
-    A zero row stays zero, and its gradient stays finite. Never returns float16 or bfloat16: their
-    11 or 8 bits of precision are not enough for a cosine near 1, which is where training lives.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Dividing by the largest entry first keeps the sum of squares from overflow (float32 ends at 3e38,
-    # so 1e20 squared is infinite) and from underflow. The cosine does not change when its argument
-    # is scaled, so autograd may take this factor as a constant, and the gradient is still exact.
-    scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    x = x / torch.where(scale > 0, scale, 1)
-    # The largest entry is now 1, so the length is 1 or more and the bound is for rows of zeros alone. It is
-    # 0.5 and not 1: where a length equals the bound, as a one-hot row's would, clamp_min has no gradient.
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(0.5)
+    """Scales the rows of x, (..., d), to length 1, in float32 or better: a cosine near 1 needs it."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
