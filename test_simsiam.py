@@ -1,7 +1,7 @@
 """What this project claims, one test per claim. Run: python -m pytest -q (two minutes on two CPU cores).
 
-First the two claims that SimSiam stands on: the stop-gradient, and the collapse without it. Then the method in
-the order of simsiam.py, and then the scripts: a training step, data, a run, resuming it, evaluation, mistakes.
+First the two claims that SimSiam stands on: the stop-gradient, and the collapse without it. Then the method,
+in the order of simsiam.py, and the scripts: a training step, data, a run, resuming it, evaluation, mistakes.
 Every expected value comes from elsewhere than the code: the equation written out, finite differences,
 torchvision's own operations, a loop, or the paper's tables.
 """
@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import runpy
-import signal
+import shutil
 import subprocess
 import sys
 import types
@@ -59,24 +59,33 @@ FOLDER += ["--epochs", "1", "--workers", "0"]
 all_textures = functools.cache(train.textures)
 
 
+def few_textures(count, seed):
+    """A tenth of the images (500 and 200), shuffled."""
+    order = torch.randperm(count // 10, generator=torch.Generator().manual_seed(seed))
+    return tuple(x[order] for x in all_textures(count // 10, seed))
+
+
+train.textures = few_textures
+
+
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Every test has an empty folder, a seed, and textures a tenth as many (500 and 200), shuffled."""
+    """Every test has an empty folder and a seed."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
-    def few_textures(count, seed):
-        order = torch.randperm(count // 10, generator=torch.Generator().manual_seed(seed))
-        return tuple(x[order] for x in all_textures(count // 10, seed))
 
-    monkeypatch.setattr(train, "textures", few_textures)
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    run = tmp_path_factory.mktemp("once") / "run"
+    train.main([*TINY, "--epochs", "1", "--out", str(run)])
+    return run
 
 
 @pytest.fixture
-def pretrained():
-    """A run's folder."""
-    train.main([*TINY, "--epochs", "1", "--out", "run"])
-    return "run"
+def pretrained(trained_once):
+    """A run's folder, `run`."""
+    return str(shutil.copytree(trained_once, "run"))
 
 
 def args_of(*argv):
@@ -84,7 +93,7 @@ def args_of(*argv):
 
 
 def trainer_of(args):
-    """A Trainer, and the test images beside it."""
+    """A Trainer, and the test images."""
     images, test = train.load_data(args)
     args.mean, args.std = images.mean, images.std
     return train.Trainer(args, images), test
@@ -108,19 +117,6 @@ def views_of(t, batch, step, rank=0):
     return [v2.functional.normalize(x, t.images.mean, t.images.std) for x in views]
 
 
-def start(*argv):
-    """Runs a command line in the background, as a user types it."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
-    return subprocess.Popen([sys.executable, *map(str, argv)], **pipes)
-
-
-def wait_for(process, word):
-    for line in process.stdout:
-        if word in line:
-            return
-    raise AssertionError(process.stderr.read())
-
-
 def fails(argv, capsys, main=train.main):
     """The one line that a command ends with; its exit status is 2."""
     capsys.readouterr()
@@ -133,10 +129,6 @@ def fails(argv, capsys, main=train.main):
 
 def checkpoint_of(run):
     return torch.load(Path(run, "checkpoint.pt"), weights_only=True)
-
-
-def weights(run):
-    return checkpoint_of(run)["model"]
 
 
 def rows(run):
@@ -213,15 +205,6 @@ def test_stop_gradient_z_gets_no_gradient_and_p_gets_some(similarity):
     assert z1.grad.abs().sum() > 0 and z2.grad.abs().sum() > 0
 
 
-def test_the_encoder_gets_its_gradient_through_the_predictor_only():
-    """Eq. 4: every target is a constant, so detaching the targets beforehand changes no gradient."""
-    model = SimSiam(*build_backbone("convnet", width=2), dim=16, hidden=16).double()
-    x1, x2 = torch.rand(2, 6, 3, 32, 32, dtype=torch.float64)
-    losses = simsiam_loss(*model(x1, x2)), equation_4(*model(x1, x2))
-    for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses)):
-        torch.testing.assert_close(a, b)
-
-
 def test_without_h_the_symmetric_loss_has_half_the_gradient_of_D_z1_z2():
     """Sec. 4.2: without a predictor, the stop-gradient only scales the gradient of a loss that collapses."""
     z1, z2 = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True).unbind()
@@ -237,11 +220,7 @@ def test_D_is_equation_1_written_out():
     for a, b in zip(p.tolist(), z.tolist()):
         dot = sum(i * j for i, j in zip(a, b))
         total -= dot / math.sqrt(sum(i * i for i in a)) / math.sqrt(sum(j * j for j in b))
-    squares = (F.normalize(p) - F.normalize(z)).square().sum(dim=1).mean()  # MSE of unit vectors (Sec. 3)
     assert D(p, z).item() == pytest.approx(total / 5, abs=1e-6)
-    assert D(p, z).item() == pytest.approx(squares.item() / 2 - 1, abs=1e-6)
-    assert D(p, 3 * p).item() == pytest.approx(-1)
-    assert D(p, -p).item() == pytest.approx(1)
 
 
 def test_the_gradient_is_the_derivative_by_hand_and_by_finite_differences():
@@ -277,20 +256,19 @@ def test_the_loss_is_computed_in_float32_or_better_also_under_autocast(dtype):
     assert D(0 * p, z).item() == 0 and D(p, 0 * z).item() == 0  # not nan
 
 
-
 # ------------------------------------------------------------------------------------------------
 # Collapse, in short trainings
 
-SHORT = "--width 4 --dim 64 --hidden 64 --epochs 6 --batch-size 50 --base-lr 1 --knn-every 0".split()
-SHORT += "--view-scale 0.5 --mean .5 .5 .5 --std .25 .25 .25".split()
+SHORT = "--width 4 --dim 64 --hidden 64 --epochs 6 --batch-size 32 --base-lr 1.5 --knn-every 0".split()
+SHORT += "--view-scale 0.5 --mean .5 .5 .5 --std .25 .25 .25 --amp off".split()
 
 
-def short_run(*flags, seeds=(0, 1), amp="off"):
-    """Means over the seeds of loss and spread in the last of six epochs on 1,000 textures."""
+def short_run(*flags, seeds=(0, 1)):
+    """Means over the seeds of loss and spread in the last of six epochs on 400 textures."""
     ends = []
     for seed in seeds:
-        args = args_of(*SHORT, "--seed", seed, "--amp", amp, *flags)
-        t = train.Trainer(args, train.Images(*all_textures(1000, seed=0), train.PATTERNS, args))
+        args = args_of(*SHORT, "--seed", seed, *flags)
+        t = train.Trainer(args, train.Images(*all_textures(400, seed=0), train.PATTERNS, args))
         for batch, indices in batches(t, t.total_steps):
             if t.step % t.steps_per_epoch == 0:
                 t.sums.zero_()
@@ -307,43 +285,27 @@ def healthy():
 def test_with_stop_gradient_the_spread_stays_and_without_it_the_spread_is_lost(healthy):
     """Fig. 2. With BN on z, the spread of all against one remains (see spread); without that BN, none."""
     loss, spread_ = short_run("--no-stop-gradient")
-    assert healthy[1] > 0.7 and spread_ < 0.65 * healthy[1] and loss < healthy[0]
+    assert spread_ < 0.55 < 0.7 < healthy[1] and loss < healthy[0]
     assert short_run("--bn", "hidden", seeds=[0])[1] > 0.5
-    for amp in ("off", "bf16"):
-        assert short_run("--no-stop-gradient", "--bn", "hidden", seeds=[0], amp=amp)[1] < 0.1
-
-
-def test_a_fixed_predictor_leaves_the_loss_high_without_collapse(healthy):
-    """Table 1b, footnote 4."""
-    loss, spread_ = short_run("--predictor", "fixed")
-    assert loss > 0.7 * healthy[0] and spread_ > 0.65 * healthy[1]
-
-
-@pytest.mark.parametrize("flags", [["--asymmetric"], ["--similarity", "cross-entropy"]])
-def test_the_asymmetric_loss_and_the_cross_entropy_do_not_collapse(healthy, flags):
-    """Sec. 4.5 and 4.6."""
-    assert short_run(*flags, seeds=[0])[1] > 0.65 * healthy[1]
-
-
-def diagnosis(*epochs):
-    return train.diagnose([dict(loss=loss, spread=spread_) for loss, spread_ in epochs])
+    assert short_run("--no-stop-gradient", "--bn", "hidden", seeds=[0])[1] < 0.1
 
 
 def test_collapse_is_diagnosed_and_a_healthy_run_is_not():
     """Measured on textures and CIFAR-10: runs of the README's tables, seed 0."""
-    well = [(-0.44, 0.87), (-0.71, 0.88), (-0.88, 0.90), (-0.89, 0.91), (-0.91, 0.92), (-0.94, 0.94)]
+
+    def diagnosis(*epochs):
+        return train.diagnose([dict(loss=loss, spread=spread_) for loss, spread_ in epochs])
+
+    healthy = [(-0.44, 0.87), (-0.71, 0.88), (-0.88, 0.90), (-0.89, 0.91), (-0.91, 0.92), (-0.94, 0.94)]
     hidden_bn = [(-0.65, 0.62), (-0.75, 0.61), (-0.79, 0.69), (-0.87, 0.67), (-0.90, 0.72), (-0.94, 0.75)]
-    falling = [(-0.05 * i, 0.95) for i in range(9)]
     uneven = [(loss, 0.95) for loss in (-0.02, -0.05, -0.08, -0.15, -0.2, -0.2, -0.25, -0.25)]
-    for run in (well, hidden_bn, falling, uneven):
+    for run in (healthy, hidden_bn, uneven):
         assert all(diagnosis(*run[: i + 1]) == "" for i in range(len(run)))
-    for run in (
-        [(-0.68, 0.66), (-0.88, 0.44)], [(-0.91, 0.15)],  # without the stop-gradient, and without BN on z
-        [(-0.86, 0.46), (-0.93, 0.23)], [(-0.95, 0.27)],  # without BN in the heads; without h
-    ):  # fmt: skip
+    no_stop_gradient, no_bn, no_h = [(-0.68, 0.66), (-0.88, 0.44)], [(-0.86, 0.46)], [(-0.95, 0.27)]
+    for run in (no_stop_gradient, no_bn, no_h):
         assert diagnosis(*run).startswith("collapse ") and "stop-gradient" in diagnosis(*run)
-    without_h = [(-0.71, 0.74), (-0.87, 0.61), (-0.93, 0.61), (-0.97, 0.62)]
-    assert diagnosis(*without_h).startswith("partial collapse ")
+    no_h_on_textures = [(-0.71, 0.74), (-0.87, 0.61), (-0.93, 0.61), (-0.97, 0.62)]
+    assert diagnosis(*no_h_on_textures).startswith("partial collapse ")
     fixed = [(-0.11, 0.85), (-0.15, 0.75), (-0.20, 0.72), (-0.22, 0.73), *[(-0.22, 0.7)] * 4]  # Table 1b
     assert "which is not collapse" in diagnosis(*fixed) and diagnosis(*fixed[:3]) == ""
 
@@ -364,19 +326,14 @@ LINEAR, BN, RELU = "Linear", "BatchNorm1d", "ReLU"
 
 
 def test_by_default_the_heads_are_those_of_section_3():
-    """Projector: 3 layers of 2048, "BN applied to each fc layer, including its output fc", no ReLU on the
-    output; h: 2048 -> 512 -> 2048, output without BN and ReLU. The output BN has no scale and shift (4.4)."""
+    """Projector: 3 layers of 2048; h: 2048 -> 512 -> 2048. The BN on z has no scale and shift (Sec. 4.4)."""
     model = SimSiam(nn.Flatten(), 8)
     assert linears(model.projector) == [(8, 2048), (2048, 2048), (2048, 2048)]
     assert linears(model.predictor) == [(2048, 512), (512, 2048)]
-    assert kinds(model.projector) == [LINEAR, BN, RELU, LINEAR, BN, RELU, LINEAR, BN]
-    assert kinds(model.predictor) == [LINEAR, BN, RELU, LINEAR] and model.predictor[1].affine
-    assert all(w.requires_grad for w in model.parameters())
-    for affine in (True, False):
-        projector = build_projector(8, 6, 4, layers=3, affine=affine)
-        assert [m.affine for m in projector if kinds([m]) == [BN]] == [True, True, affine]
-    assert not model.projector[-1].affine
     assert linears(SimSiam(nn.Flatten(), 8, dim=64).predictor) == [(64, 16), (16, 64)]  # d / 4 (App. B)
+    assert all(w.requires_grad for w in model.parameters()) and model.predictor[1].affine
+    assert [m.affine for m in model.projector if kinds([m]) == [BN]] == [True, True, False]
+    assert build_projector(8, 6, 4, layers=3, affine=True)[-1].affine
 
 
 @pytest.mark.parametrize("bn, projector, predictor", [
@@ -386,22 +343,18 @@ def test_by_default_the_heads_are_those_of_section_3():
     ("all", [LINEAR, BN, RELU, LINEAR, BN], [LINEAR, BN, RELU, LINEAR, BN]),
 ])  # fmt: skip
 def test_table_3_says_where_BN_is(bn, projector, predictor):
-    """A Linear has a bias unless a BN follows, which would cancel it."""
+    """A Linear has a bias unless a BN follows, which would cancel it. There is no ReLU on an output."""
     model = SimSiam(nn.Flatten(), 8, dim=4, hidden=6, layers=2, predictor_hidden=3, bn=bn)
     for head, expected in ((model.projector, projector), (model.predictor, predictor)):
         assert kinds(head) == expected
         for layer, following in zip(head, [*expected[1:], None]):
             assert not isinstance(layer, nn.Linear) or (layer.bias is None) == (following == BN)
-
-
-def test_linear_layers_have_pytorchs_default_initialization():
-    """App. A: weights from U(-sqrt k, sqrt k) with k = 1 / fan-in, in the projector and in h."""
-    for weight in (build_projector(400, 300, 200, 2)[0].weight, build_predictor(400, 300)[0].weight):
-        assert weight.abs().max() <= 1 / 20
-        assert weight.std().item() == pytest.approx(1 / 20 / math.sqrt(3), rel=0.02)
+    with pytest.raises(ValueError, match="unknown bn 'al'"):
+        SimSiam(nn.Flatten(), 8, bn="al")
 
 
 def test_resnets_are_torchvisions_without_fc_and_blocks_start_as_identities():
+    x = torch.rand(2, 3, 64, 64)
     for arch, dim, last in (("resnet18", 512, "bn2"), ("resnet50", 2048, "bn3")):
         net, feature_dim = build_backbone(arch)
         theirs = torchvision.models.get_model(arch)
@@ -409,7 +362,6 @@ def test_resnets_are_torchvisions_without_fc_and_blocks_start_as_identities():
         assert feature_dim == dim and sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
         ends = [w for name, w in net.state_dict().items() if re.search(rf"layer.*{last}.weight", name)]
         assert ends and not any(w.any() for w in ends)  # App. A: the last BN of each block starts at zero
-        x = torch.rand(2, 3, 64, 64)
         theirs.fc = nn.Identity()
         torch.testing.assert_close(net.eval()(x), theirs.eval()(x))
 
@@ -422,6 +374,9 @@ def test_the_CIFAR_stem_keeps_all_pixels():
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 512)
     assert sizes == [(32, 32)] and isinstance(net.maxpool, nn.Identity)
     assert net.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.05)  # fan out
+    for unknown in (("resnet18", "small"), ("resnet19", "cifar")):
+        with pytest.raises(ValueError, match="unknown"):
+            build_backbone(*unknown)
 
 
 def test_our_own_networks_halve_the_image_three_times_and_average_the_pixels():
@@ -439,16 +394,6 @@ def test_our_own_networks_halve_the_image_three_times_and_average_the_pixels():
         assert net[i].bn1.weight.eq(1).all()
 
 
-def test_an_unknown_option_raises_an_error():
-    for build, message in (
-        (lambda: build_backbone("resnet19"), "unknown arch 'resnet19': choose from convnet"),
-        (lambda: build_backbone("resnet18", "small"), "unknown stem"),
-        (lambda: SimSiam(nn.Flatten(), 12, dim=8, hidden=8, bn="al"), "unknown bn"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build()
-
-
 def test_each_view_is_encoded_with_its_own_BN_statistics():
     model = SimSiam(*build_backbone("convnet", width=2), dim=16, hidden=16)
     x1, x2 = torch.rand(4, 3, 32, 32), 3 * torch.rand(4, 3, 32, 32)
@@ -458,7 +403,6 @@ def test_each_view_is_encoded_with_its_own_BN_statistics():
         torch.testing.assert_close(p, model.predictor(z))
         torch.testing.assert_close(z.mean(0), torch.zeros(16), atol=1e-5, rtol=0)
     assert not torch.allclose(z1, model.projector(model.backbone(torch.cat([x1, x2])))[:4], atol=0.1)
-
 
 
 def test_the_example_and_the_demonstration_in_simsiam_py_run(capsys):
@@ -478,64 +422,56 @@ def test_the_example_and_the_demonstration_in_simsiam_py_run(capsys):
 
 def test_crop_and_resize_is_torchvisions():
     x = torch.rand(6, 3, 32, 40)
-    boxes = torch.tensor(
-        [[0, 0, 32, 40], [3, 7, 9, 20], [10, 1, 16, 16], [0, 0, 1, 40], [5, 0, 27, 1], [31, 39, 1, 1]]
-    )
-    top, left, h, w = boxes.float().unbind(1)
+    boxes = [[0, 0, 32, 40], [3, 7, 9, 20], [10, 1, 16, 16], [0, 0, 1, 40], [5, 0, 27, 1], [31, 39, 1, 1]]
+    top, left, h, w = torch.tensor(boxes).float().unbind(1)
     for size in (16, 32, 50):
         rows_, columns = simsiam.resize_matrix(top, h, 32, size), simsiam.resize_matrix(left, w, 40, size)
-        ours = rows_.unsqueeze(1) @ x @ columns.mT.unsqueeze(1)
-        for i, box in enumerate(boxes.tolist()):
-            theirs = v2.functional.resized_crop(x[i], *box, size=[size, size], antialias=True)
-            torch.testing.assert_close(ours[i], theirs, atol=1e-5, rtol=0)
+        for ours, image, box in zip(rows_.unsqueeze(1) @ x @ columns.mT.unsqueeze(1), x, boxes):
+            theirs = v2.functional.resized_crop(image, *box, size=[size, size], antialias=True)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_crops_are_distributed_as_those_of_RandomResizedCrop():
     n, (height, width) = 4000, (40, 50)
     mine = torch.stack(simsiam.random_crops(n, height, width, 0.2, torch.device("cpu")), dim=1)
-    top, left, h, w = mine.unbind(1)
     crop, image = v2.RandomResizedCrop(8, scale=(0.2, 1)), torch.empty(3, height, width)
     drawn = (crop.make_params([image]) for _ in range(n))
     theirs = torch.tensor([[box[key] for key in ("top", "left", "height", "width")] for box in drawn]).float()
-    assert (mine >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
-    for statistic in (
-        lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]
-    ):  # fmt: skip
-        a, b = statistic(mine).sort().values, statistic(theirs).sort().values
-        grid = torch.cat([a, b]).unique()
-        difference = torch.searchsorted(a, grid, right=True) - torch.searchsorted(b, grid, right=True)
-        assert difference.abs().max() / n < 1.95 * math.sqrt(2 / n)  # Kolmogorov-Smirnov, at 0.1 %
-    thin = torch.stack(simsiam.random_crops(50, 1, 900, 0.2, torch.device("cpu")), dim=1)  # nothing fits
-    assert thin.unique(dim=0).tolist() == [[0, 0, 1, 900]]
+    for top, left, h, w in mine:
+        assert top >= 0 and left >= 0 and top + h <= height and left + w <= width
+    areas_and_ratios = [torch.stack([b[:, 2] * b[:, 3], b[:, 3] / b[:, 2]], dim=1) for b in (mine, theirs)]
+    for pair in (areas_and_ratios, (mine[:, :2], theirs[:, :2])):
+        for a, b in zip(*(x.T.sort().values.contiguous() for x in pair)):
+            grid = torch.cat([a, b]).unique()
+            difference = torch.searchsorted(a, grid, right=True) - torch.searchsorted(b, grid, right=True)
+            assert difference.abs().max() / n < 1.95 * math.sqrt(2 / n)  # Kolmogorov-Smirnov, at 0.1 %
+    thin = simsiam.random_crops(50, 1, 900, 0.2, torch.device("cpu"))  # no attempt fits
+    assert [x.unique().tolist() for x in thin] == [[0], [0], [1], [900]]
 
 
-@pytest.mark.parametrize("ours, theirs, factors", [
-    (simsiam.brightness, v2.functional.adjust_brightness, (0.6, 1.0, 1.4)),
-    (simsiam.contrast, v2.functional.adjust_contrast, (0.6, 1.0, 1.4)),
-    (simsiam.saturation, v2.functional.adjust_saturation, (0.6, 1.0, 1.4)),
-    (simsiam.hue, v2.functional.adjust_hue, (-0.1, 0.0, 0.1)),
-    (
-        lambda x, f: simsiam.to_gray(x).expand(-1, 3, -1, -1),
-        lambda x, f: v2.functional.rgb_to_grayscale(x, 3),
-        (0,) * 3,
-    ),
-    (simsiam.blur, lambda x, f: v2.functional.gaussian_blur(x, [13, 13], [f, f]), (0.1, 1.0, 2.0)),
-], ids="brightness contrast saturation hue gray blur".split())  # fmt: skip
-def test_every_operation_is_torchvisions_with_a_factor_for_each_image(ours, theirs, factors):
+@pytest.mark.parametrize("name, theirs, factors", [
+    ("brightness", v2.functional.adjust_brightness, (0.6, 1.0, 1.4)),
+    ("contrast", v2.functional.adjust_contrast, (0.6, 1.0, 1.4)),
+    ("saturation", v2.functional.adjust_saturation, (0.6, 1.0, 1.4)),
+    ("hue", v2.functional.adjust_hue, (-0.1, 0.0, 0.1)),
+    ("blur", lambda x, sigma: v2.functional.gaussian_blur(x, [13, 13], [sigma, sigma]), (0.1, 1.0, 2.0)),
+])  # fmt: skip
+def test_every_operation_is_torchvisions_with_a_factor_for_each_image(name, theirs, factors):
     x = torch.rand(6, 3, 19, 17)
     x[0] = 0.5  # gray
     f = torch.tensor([*factors, *factors]).view(-1, 1, 1, 1)
-    out = ours(x.clone(), f)
-    for i in range(6):
-        tolerance = 2e-4 if ours is simsiam.hue else 1e-5
-        torch.testing.assert_close(out[i], theirs(x[i], f[i].item()), atol=tolerance, rtol=0)
+    for ours, before, factor in zip(getattr(simsiam, name)(x.clone(), f), x, f.flatten().tolist()):
+        tolerance = 2e-4 if name == "hue" else 1e-5
+        torch.testing.assert_close(ours, theirs(before, factor), atol=tolerance, rtol=0)
+    torch.testing.assert_close(simsiam.to_gray(x), v2.functional.rgb_to_grayscale(x))
 
 
 def test_jitter_gray_and_blur_have_their_probabilities_ranges_and_order(monkeypatch):
     """App. A: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8; gray 0.2; sigma 0.1 to 2, here in half."""
-    jitters = ["brightness", "contrast", "saturation", "hue"]
-    drawn, orders = collections.defaultdict(list), set()
-    for name in [*jitters, "blur"]:
+    ranges = dict.fromkeys(["brightness", "contrast", "saturation"], (0.6, 1.4))
+    ranges |= dict(hue=(-0.1, 0.1), blur=(0.1, 2))
+    drawn, orders, out = collections.defaultdict(list), set(), []
+    for name in ranges:
 
         def spy(x, f=None, sigma=None, name=name, operation=getattr(simsiam, name)):
             drawn[name].append((f if sigma is None else sigma).flatten())
@@ -543,18 +479,15 @@ def test_jitter_gray_and_blur_have_their_probabilities_ranges_and_order(monkeypa
             return operation(x, f if sigma is None else sigma)
 
         monkeypatch.setattr(simsiam, name, spy)
-    out = []
     for _ in range(200):
-        order = []
-        x = torch.rand(40, 3, 7, 7)
+        order, x = [], torch.rand(40, 3, 7, 7)
         y = simsiam.recolor(x.clone(), blur_probability=0.5)
         out.append(torch.stack([(y == x).flatten(1).all(1), (y[:, :1] == y).flatten(1).all(1)]))
         orders.add(tuple(order))
-    assert orders == {(*jitter, "blur") for jitter in itertools.permutations(jitters)}
-    for name in [*jitters, "blur"]:
+    assert orders == {(*jitter, "blur") for jitter in itertools.permutations([*ranges][:4])}
+    for name, (low, high) in ranges.items():
         values = torch.cat(drawn[name])
-        low, high, probability = {"hue": (-0.1, 0.1, 0.8), "blur": (0.1, 2, 0.5)}.get(name, (0.6, 1.4, 0.8))
-        assert len(values) / 8000 == pytest.approx(probability, abs=0.02)
+        assert len(values) / 8000 == pytest.approx(0.5 if name == "blur" else 0.8, abs=0.02)
         assert_uniform(values, low, high)
         assert_unrelated(values[1:], values[:-1])  # every image has its own
     unchanged, gray = torch.cat(out, dim=1).float().mean(dim=1).tolist()
@@ -565,36 +498,27 @@ def test_the_two_views_are_cropped_and_flipped_independently():
     """Of a half white image: white's share of a crop, and whether white is on the right."""
     image = torch.full((2000, 3, 32, 32), 50, dtype=torch.uint8)
     image[:, :, :, 16:] = 200
-
-    def shares(min_scale):
-        args = types.SimpleNamespace(blur=0.0, min_scale=min_scale)
-        views = torch.stack(train.two_views(image, 32, args))[:, :, 0]
-        middle = (views.amax(dim=(2, 3)) + views.amin(dim=(2, 3)))[..., None, None] / 2  # at any brightness
-        white = (views > middle).float()
-        return white.mean(dim=(2, 3)), white[..., -1].mean(dim=2) > white[..., 0].mean(dim=2)
-
-    white, right = shares(0.2)
-    inside = (white > 0) & (white < 1)  # the edge is in the crop
+    for min_scale in (0.9, 0.2):
+        views = torch.stack(train.two_views(image, 32, types.SimpleNamespace(blur=0.0, min_scale=min_scale)))
+        x = views[:, :, 0]
+        middle = (x.amax(dim=(2, 3)) + x.amin(dim=(2, 3)))[..., None, None] / 2  # whatever the brightness
+        white = (x > middle).float()
+        share, right = white.mean(dim=(2, 3)), white[..., -1].mean(dim=2) > white[..., 0].mean(dim=2)
+        assert ((share > 0) & (share < 0.15)).any() == (min_scale == 0.2)  # the smallest crop
+    inside = (share > 0) & (share < 1)  # the edge is in the crop
     both = inside[0] & inside[1]
-    assert_unrelated(white[0][both], white[1][both])
+    assert_unrelated(share[0][both], share[1][both])
     assert_unrelated(right[0][both], right[1][both])
     assert 0.45 < right[inside].float().mean() < 0.55
-    assert ((white > 0) & (white < 0.15)).any()
-    white, _ = shares(0.9)  # the smallest crop is that large
-    assert white.min() > 0.4 and white.max() < 0.6
 
 
-def test_views_have_their_size_and_range_and_are_repeated_by_the_seed():
+def test_views_have_their_size_and_range_and_are_standardized():
     images, _ = train.load_data(args_of())
-    views = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        views.append(torch.stack(train.two_views(images.source[:64], 24, args_of("--blur", 0.5))))
-    assert torch.equal(*views) and views[0].shape == (2, 64, 3, 24, 24)
-    assert views[0].min() >= 0 and views[0].max() < 1 + 1e-6
+    x, _ = train.two_views(images.source[:64], 24, args_of("--blur", 0.5))
+    assert x.shape == (64, 3, 24, 24) and x.min() >= 0 and x.max() < 1 + 1e-6
     images.mean, images.std = [0.1, 0.2, 0.3], [0.5, 0.25, 2.0]
-    standardized = train.normalize(views[0][0], images)
-    torch.testing.assert_close(standardized, v2.functional.normalize(views[0][0], images.mean, images.std))
+    standardized = train.normalize(x, images)
+    torch.testing.assert_close(standardized, v2.functional.normalize(x, images.mean, images.std))
     assert standardized.is_contiguous(memory_format=torch.channels_last)
     wide = simsiam.augment(torch.rand(200, 3, 20, 60), 16)  # images need not be square
     assert wide.shape == (200, 3, 16, 16) and wide.isfinite().all()
@@ -611,14 +535,9 @@ def test_spread_is_the_std_of_normalized_outputs():
     deviations = (torch.tensor(column).std(correction=0).item() for column in zip(*columns))
     assert spread(z).item() == pytest.approx(sum(deviations) / 20 * math.sqrt(20), abs=1e-5)
     assert spread(torch.randn(4096, 512)).item() == pytest.approx(1, abs=0.01)  # footnote 3
+    all_but_one = torch.ones(64, 16) * torch.tensor([-1.0] + [1.0] * 63)[:, None]  # collapse, with BN on z
+    assert spread(all_but_one).item() == pytest.approx(2 * math.sqrt(63) / 64, abs=1e-5)
     assert spread(torch.ones(64, 512) * torch.rand(64, 1)).item() == pytest.approx(0, abs=1e-5)
-
-
-def test_BN_on_z_leaves_a_collapsed_batch_the_spread_of_all_against_one():
-    """The z of a batch sum to zero, so they cannot all point the same way."""
-    for n in (8, 64, 512):
-        z = F.batch_norm(torch.eye(n)[:, :1] * torch.randn(1, 16).sign(), None, None, training=True)
-        assert spread(z).item() == pytest.approx(2 * math.sqrt(n - 1) / n, abs=1e-3)
 
 
 def test_effective_rank_is_the_exponential_entropy_of_the_singular_values():
@@ -626,10 +545,9 @@ def test_effective_rank_is_the_exponential_entropy_of_the_singular_values():
     uneven = torch.tensor([[1.0, 0, 0]] * 3 + [[-1.0, 0, 0]] * 3 + [[0, 1.0, 0], [0, -1.0, 0]])
     a, b = (math.sqrt(s) / (math.sqrt(6) + math.sqrt(2)) for s in (6, 2))
     axes = torch.cat([torch.eye(8), -torch.eye(8)])
+    off_center = torch.tensor([[1.0, 0.5, 0], [1.0, -0.5, 0]])
     for features, expected in (
-        (uneven, a**-a * b**-b), (uneven * torch.rand(8, 1), a**-a * b**-b),  # of normalized rows
-        (axes, 8), (axes[[0, 8]], 1), (torch.tensor([[1.0, 0.5, 0], [1.0, -0.5, 0]]), 1),  # around the mean
-        (torch.ones(5, 3), 1), (torch.rand(1, 3), 1),
+        (uneven * torch.rand(8, 1), a**-a * b**-b), (axes, 8), (off_center, 1), (torch.ones(5, 3), 1)
     ):  # fmt: skip
         assert effective_rank(features).item() == pytest.approx(expected, abs=1e-3)
     z = torch.randn(512, 4) @ torch.randn(4, 64)  # 4 of 64 dimensions are in use: the spread does not show it
@@ -654,9 +572,8 @@ def test_knn_is_the_brute_force_vote():
         expected = vote(queries, bank, labels, k, temperature)
         assert knn_predict(queries, bank, labels, k, temperature).tolist() == expected
     default = vote(queries, bank, labels)  # k = 200, T = 0.2: issue 10 of the authors' repository
-    for chunk in (1, 700, 2**25):  # however memory is bounded
-        assert knn_predict(queries, bank, labels, chunk_elements=chunk).tolist() == default
     assert knn_predict(queries, bank, labels).tolist() == default
+    assert knn_predict(queries, bank, labels, chunk_elements=700).tolist() == default
     for k, temperature in ((150, 0.2), (250, 0.2), (200, 0.1), (200, 0.25)):  # other values would show
         assert vote(queries, bank, labels, k, temperature) != default
     assert knn_predict(bank[:3] * 2, bank[:3], labels[:3]).tolist() == vote(bank[:3], bank[:3], labels[:3])
@@ -681,59 +598,34 @@ PAPER = {  # Sec. 3 and App. A; App. D
     ),
 }  # fmt: skip
 PAPER["cifar100"] = PAPER["cifar10"]
-OFF = dict(  # the paper's method: Eq. 4, Table 1c, Table 3c
-    no_stop_gradient=False, predictor="mlp", bn="default", affine=False, similarity="cosine",
-    asymmetric=False, pairs=1, alternate=1, eta_momentum=0.0, decay_predictor_lr=False, seed=0,
-    holdout=False, amp="auto",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("data", PAPER)
-def test_recipes_are_the_papers_and_every_ablation_is_off(data):
+def test_recipes_are_the_papers(data):
     args = vars(args_of(data))
-    expected = OFF | PAPER[data]
-    assert {name: args[name] for name in expected} == expected
+    assert {name: args[name] for name in PAPER[data]} == PAPER[data]
     assert args_of(data, "--min-scale", 0.5).min_scale == 0.5  # a flag overrides the recipe
     assert args_of(data, "--recipe", "small").arch == "small-resnet"  # which is also that of .npz files
     assert [args_of(data, "--batch-size", n).warmup_epochs for n in (1023, 1024)] == [0, 10]  # Table 2
 
 
-@pytest.mark.parametrize("flags, projector, predictor", [
-    ("", [(16, 16), (16, 16)], [(16, 4), (4, 16)]),
-    ("--layers 4 --hidden 24 --dim 20", [(16, 24), (24, 24), (24, 24), (24, 20)], [(20, 5), (5, 20)]),
-    ("--predictor-hidden 7 --width 3", [(24, 16), (16, 16)], [(16, 7), (7, 16)]),
-    ("--predictor none", [(16, 16), (16, 16)], []),
-    ("--predictor fixed", [(16, 16), (16, 16)], [(16, 4), (4, 16)]),
-    *[(f"--bn {bn}", [(16, 16), (16, 16)], [(16, 4), (4, 16)]) for bn in ("none", "hidden", "all")],
-    ("--affine", [(16, 16), (16, 16)], [(16, 4), (4, 16)]),
-    ("--arch resnet18 --stem cifar", [(512, 16), (16, 16)], [(16, 4), (4, 16)]),
+@pytest.mark.parametrize("flags, expected", [
+    ("--layers 4 --hidden 24 --dim 20", dict(layers=4, hidden=24, dim=20)),
+    ("--predictor-hidden 7", dict(predictor_hidden=7)),
+    ("--predictor none", {}),
+    ("--predictor fixed", {}),
+    ("--bn none", dict(bn="none")),
+    ("--affine", dict(affine=True)),
 ])  # fmt: skip
-def test_flags_of_the_network_reach_it(flags, projector, predictor):
-    args = args_of(*TINY, *flags.split())
-    model = train.build_model(args)
-    assert linears(model.projector) == projector and linears(model.predictor) == predictor
-    assert next(model.backbone.parameters()).shape == (64 if "cifar" in flags else args.width, 3, 3, 3)
-    expected = SimSiam(nn.Flatten(), 8, dim=8, hidden=8, layers=args.layers, bn=args.bn, affine=args.affine)
-    assert kinds(model.projector) == kinds(expected.projector)
-    assert not predictor or kinds(model.predictor) == kinds(expected.predictor)
-    scaled = [[m.affine for m in one.projector if kinds([m]) == [BN]] for one in (model, expected)]
-    assert scaled[0] == scaled[1]
-    assert all(w.requires_grad == (args.predictor != "fixed") for w in model.predictor.parameters())
-    if args.predictor == "none":  # Table 1a: h is the identity
-        p1, p2, z1, z2 = model(*torch.rand(2, 4, 3, 32, 32))
-        assert torch.equal(p1, z1) and torch.equal(p2, z2)
-
-
-def test_the_seed_determines_weights_order_and_views():
-    a, b, again = trainer("--seed", "1"), trainer("--seed", "2"), trainer("--seed", "1")
-    assert same(a.model.state_dict(), again.model.state_dict())
-    assert not torch.equal(a.model.backbone[0].weight, b.model.backbone[0].weight)
-    order = [batches(t)[0][1].tolist() for t in (a, b, again)]
-    assert order[0] == order[2] != order[1]
-    b.model.load_state_dict(a.model.state_dict())
-    for t in (a, b):  # the same weights and images: only the views differ
-        t.update(t.images.source[:100], torch.arange(100))
-    assert a.sums.tolist() != b.sums.tolist()
+def test_flags_of_the_network_reach_it(flags, expected):
+    model = train.build_model(args_of(*TINY, *flags.split(), "--width", 3))
+    expected = SimSiam(*build_backbone("convnet", width=3), **dict(dim=16, hidden=16, layers=2) | expected)
+    if "none" in flags and "predictor" in flags:
+        expected.predictor = nn.Identity()  # Table 1a
+    assert str(model) == str(expected)
+    assert all(w.requires_grad == ("fixed" not in flags) for w in model.predictor.parameters())  # Table 1b
+    net = train.build_model(args_of(*TINY, "--arch", "resnet18", "--stem", "cifar")).backbone
+    assert str(net) == str(build_backbone("resnet18", "cifar")[0])
 
 
 def test_learning_rate_is_a_linear_warmup_and_then_half_a_cosine():
@@ -792,16 +684,14 @@ def test_three_updates_are_sgd_written_out(flags, loss):
 
 def test_alternate_keeps_the_targets_of_the_weights_before_k_steps():
     """Sec. 5.2. The first of k steps is plain SimSiam; in the second, z comes from the older weights."""
-    plain, t = trainer(), trainer("--alternate", "2")
+    plain, t, old = trainer(), trainer("--alternate", "2"), trainer().model
     steps = batches(t, 3)
-    old, current = trainer().model.train(), trainer().model.train()
     for one in (plain, t):
         one.update(*steps[0])
     assert same(plain.model.state_dict(), t.model.state_dict())
-    current.load_state_dict(t.model.state_dict())
     old(*views_of(t, steps[0][0], 0))  # its BN has seen the first step too
     views = views_of(t, steps[1][0], 1)
-    (p1, p2, _, _), (_, _, z1, z2) = current(*views), old(*views)
+    (p1, p2, _, _), (_, _, z1, z2) = plain.model(*views), old(*views)
     loss_before = t.sums[0].item()
     t.update(*steps[1])
     assert t.sums[0].item() - loss_before == pytest.approx(equation_4(p1, p2, z1, z2).item(), abs=1e-5)
@@ -813,24 +703,22 @@ def test_alternate_keeps_the_targets_of_the_weights_before_k_steps():
 def test_eta_is_the_moving_average_of_an_images_projections():
     """Sec. 5.2: eta <- m eta + (1 - m) z; here over both views, from zero."""
     t, plain = trainer("--eta-momentum", "0.8"), trainer()
+    batch, indices = batches(t)[0]
+    for one in (t, plain):
+        one.update(batch, indices)  # from zero, the first visit is plain SimSiam: D ignores lengths
+    assert t.sums[0].item() == pytest.approx(plain.sums[0].item(), abs=1e-5)
+    assert sorted(t.targets.eta.norm(dim=1).nonzero()[:, 0].tolist()) == sorted(indices.tolist())
     z1, z2 = torch.randn(2, 3, 16)
     t.targets.eta[:3] = old = torch.randn(3, 16)
     t1, t2 = t.targets(0, torch.arange(3), t.model, None, None, z1, z2)
     torch.testing.assert_close(t1, 0.8 * old + 0.2 * z1)
     torch.testing.assert_close(t2, 0.8 * old + 0.2 * z2)
     torch.testing.assert_close(t.targets.eta[:3], 0.8 * old + 0.1 * (z1 + z2))
-    t.targets.eta.zero_()
-    batch, indices = batches(t)[0]
-    for one in (t, plain):
-        one.update(batch, indices)  # from zero, the first visit is plain SimSiam: D ignores lengths
-    assert t.sums[0].item() == pytest.approx(plain.sums[0].item(), abs=1e-5)
-    assert sorted(t.targets.eta.norm(dim=1).nonzero()[:, 0].tolist()) == sorted(indices.tolist())
 
 
 @pytest.mark.parametrize("flags", [
-    "", "--amp bf16", "--no-stop-gradient", "--predictor none", "--predictor fixed --affine", "--bn none",
-    "--alternate 2", "--asymmetric --pairs 2", "--blur 0.5 --similarity cross-entropy",
-    "--eta-momentum 0.8 --predictor none",
+    "", "--amp bf16", "--no-stop-gradient", "--predictor fixed --affine", "--bn none", "--alternate 2",
+    "--asymmetric --pairs 2", "--blur 0.5 --similarity cross-entropy", "--eta-momentum 0.8 --predictor none",
 ])  # fmt: skip
 def test_a_step_computes_everything_on_its_device(flags, monkeypatch):
     """Without a GPU: a tensor on the device `meta` has no numbers, and mixing it with the CPU is an error."""
@@ -845,14 +733,13 @@ def test_a_step_computes_everything_on_its_device(flags, monkeypatch):
     images, test = train.load_data(args)
     args.mean, args.std, args.device = images.mean, images.std, "meta"
     t = train.Trainer(args, images)
-    crops = torch.zeros(args.batch_size * args.pairs, 2, 3, 32, 32, dtype=torch.uint8)  # from files
-    for batch, indices in [*batches(t, 2), (crops, torch.arange(len(crops)) % 500)]:
+    crops = torch.zeros(100, 2, 3, 16, 16, dtype=torch.uint8)  # from files
+    for batch, indices in [*batches(t, 2), (crops, torch.arange(100))]:
         with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
             t.update(batch, indices)
         assert entered.pop() == (("meta", torch.bfloat16, True) if "bf16" in flags else ("meta", None, False))
-    assert t.sums.device.type == "meta"
     features = train.extract_features(t.model.backbone, test, "meta")
-    assert features.device.type == spread(features).device.type == "meta"
+    assert features.device.type == spread(features).device.type == t.sums.device.type == "meta"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -876,22 +763,10 @@ def fill(root, *places):
     return root
 
 
-def test_textures_are_ten_equal_classes_and_determined_by_their_seed():
-    images, labels = all_textures(300, seed=0)
-    assert images.shape == (300, 3, 32, 32) and images.dtype == torch.uint8
-    assert labels.bincount().tolist() == [30] * 10 and len(train.PATTERNS) == 10
-    assert torch.equal(images, all_textures.__wrapped__(300, seed=0)[0])
-    assert not torch.equal(images, all_textures(300, seed=1)[0])
-
-
 def test_cifar_is_torchvisions_and_without_a_network_one_line_says_where_it_belongs(monkeypatch, capsys):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")):
-        line = fails([name, "--data-dir", "here"], capsys)
-        assert archive in line and "--data-dir here" in line
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: open("no network"))
+    line = fails(["cifar100", "--data-dir", "here"], capsys)
+    assert "put cifar-100-python.tar.gz into --data-dir here" in line
     pixels = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
 
     def fake(root, train=True, download=False):
@@ -905,30 +780,24 @@ def test_cifar_is_torchvisions_and_without_a_network_one_line_says_where_it_belo
     assert images.labels.tolist() + test.labels.tolist() == [*range(30)] and images.source.is_contiguous()
 
 
-def test_mean_and_std_are_those_of_the_training_pixels_or_of_the_flags():
-    for flags in ([], ["--holdout"]):
-        images, test = train.load_data(args_of(*flags))
-        pixels = images.source.double().div(255).transpose(0, 1).flatten(1)
-        for part in (images, test):
-            assert part.mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
-            assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)
-    for part in train.load_data(args_of(*"--mean 0.1 0.9 1 --std 0.4 0.5 0.6".split())):
-        assert (part.mean, part.std) == ([0.1, 0.9, 1.0], [0.4, 0.5, 0.6])
-
-
-def test_holdout_is_the_same_tenth_for_every_seed_and_labels_follow_their_images():
+def test_holdout_is_the_same_tenth_for_every_seed_and_mean_and_std_are_those_of_the_training_pixels():
     (images, test), (_, other) = (train.load_data(args_of("--holdout", "--seed", seed)) for seed in (0, 1))
     whole, labels = train.textures(5000, seed=0)
     at = {x.numpy().tobytes(): y for x, y in zip(whole, labels.tolist())}
     assert len(test) == 50 and len(images) == 450 and torch.equal(test.source, other.source)
     assert {x.numpy().tobytes() for x in torch.cat([images.source, test.source])} == at.keys()
+    pixels = images.source.double().div(255).transpose(0, 1).flatten(1)
     for part in (images, test):
         assert [at[x.numpy().tobytes()] for x in part.source] == part.labels.tolist()
+        assert part.mean == pytest.approx(pixels.mean(dim=1).tolist(), abs=1e-5)
+        assert part.std == pytest.approx(pixels.std(dim=1, correction=0).tolist(), abs=1e-5)
+    for part in train.load_data(args_of(*"--mean 0.1 0.9 1 --std 0.4 0.5 0.6".split())):
+        assert (part.mean, part.std) == ([0.1, 0.9, 1.0], [0.4, 0.5, 0.6])
 
 
 def test_a_npz_file_in_the_format_of_medmnist_is_a_data_set(capsys):
     made = {}
-    for name, count in (("train", 40), ("val", 12), ("test", 20)):
+    for name, count in (("train", 40), ("test", 20)):
         made[f"{name}_images"] = torch.randint(256, (count, 28, 28), dtype=torch.uint8).numpy()
         made[f"{name}_labels"] = (np.arange(count) % 3)[:, None]
     np.savez("med.npz", **made)
@@ -939,8 +808,6 @@ def test_a_npz_file_in_the_format_of_medmnist_is_a_data_set(capsys):
     np.savez("rgb.npz", train_images=rgb.numpy())
     images, test = train.load_data(args_of("rgb.npz"))
     assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
-    np.savez("one.npz", **made | dict(train_labels=np.zeros(40), test_labels=np.zeros(20)))
-    assert [part.labels for part in train.load_data(args_of("one.npz"))] == [None, None]  # one class
     np.savez("unlabeled.npz", **made | dict(train_labels=np.arange(40) - 1))
     assert "train_labels has the negative label -1" in fails(["unlabeled.npz"], capsys)
 
@@ -961,25 +828,19 @@ def test_class_folders_are_labels_and_the_folder_beside_train_is_the_test_set(si
     assert reds(part) == [11, 0] and part.labels.tolist() == [1, 0]
     fill(root, "val/cat", "val/dog")  # preferred to test/, which is for the end
     assert reds(load(root, *size)[1]) == [0, 1, 10, 11]
-    images, test = load(fill(Path("plain"), "cat", "dog"), *size)
-    assert test is None and images.labels.tolist() == [0, 0, 1, 1]
 
 
-def test_a_test_folder_that_does_not_fit_is_left_out_with_one_line(capsys):
-    for name, place in (("flat", "test"), ("other", "val/eel"), ("fewer", "val/cat")):  # flat: Kaggle's layout
+def test_folders_that_do_not_fit_are_noted_in_one_line(capsys):
+    for name, place in (("kaggle", "test"), ("other", "val/eel"), ("fewer", "val/cat")):
         root = fill(Path(name), "train/cat", "train/dog", place)
         assert reds(load(root)[0]) == [0, 1, 10, 11] and load(root)[1] is None
         line = capsys.readouterr().out.splitlines()[-1]
         assert f"{root / place.split('/')[0]} is not used as the test set: " in line
-    assert "['dog']" in line
-
-
-def test_images_outside_class_folders_and_those_of_one_class_have_no_labels(capsys):
     for name, places in (("loose", ["."]), ("mixed", [".", "album"]), ("deep", ["train", "val"])):
         images, test = load(fill(Path(name), *places))
         assert images.labels is test is None and len(images) == (4 if name == "mixed" else 2)
         assert "outside class folders" in capsys.readouterr().out
-    assert load(fill(Path("single"), "cat"))[0].labels is None  # kNN would always be right
+    assert load(fill(Path("single"), "cat"))[0].labels is None  # one class: kNN would always be right
 
 
 @SIZES
@@ -996,29 +857,22 @@ def test_unreadable_files_are_named_with_their_reason_and_left_out(size, capsys)
     assert line.startswith("warning: skipped 3 of 20 files")
     for words in ("half.jpg (image file is truncated", "text.png (cannot identify", "float.tiff (floating"):
         assert words in line
-    for path in root.glob("train/*/*"):
-        path.write_bytes(b"text")
-    assert "no readable image" in fails([root, *FOLDER], capsys)
 
 
 def test_every_kind_of_image_becomes_upright_rgb_on_white():
     gray = Image.new("L", (6, 4), 100)
     for mode in ("L", "RGBA", "P", "LA", "RGB", "CMYK"):
-        path = f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
-        gray.convert(mode).save(path)
-        decoded = train.decode(path)
-        assert decoded.shape == (3, 4, 6) and (decoded.float() - 100).abs().max() <= 3
+        gray.convert(mode).save("gray.tiff")
+        assert (train.decode("gray.tiff").float() - torch.full((3, 4, 6), 100)).abs().max() <= 3
     Image.new("RGB", (6, 4), (200, 100, 50)).save("color.png")
     assert train.decode("color.png")[:, 0, 0].tolist() == [200, 100, 50]
     exif = gray.getexif()
     exif[0x0112] = 6  # lies on its side
     gray.save("exif.jpg", exif=exif)
     assert train.decode("exif.jpg").shape == (3, 6, 4)
-    for mode in ("RGBA", "LA", "P"):
-        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode).save("clear.png")
-        assert (train.decode("clear.png") == 255).all()
-    Image.new("RGBA", (8, 8), (0, 0, 0, 128)).save("half.png")
-    assert train.decode("half.png").unique().tolist() == [127]
+    for mode, alpha in (("RGBA", 0), ("LA", 0), ("P", 0), ("RGBA", 128)):
+        Image.new("RGBA", (8, 8), (0, 0, 0, alpha)).convert(mode).save("clear.png")
+        assert train.decode("clear.png").unique().tolist() == [255 - alpha]
     for dtype, bits in (("uint16", 8), ("uint16", 12), ("uint16", 16), ("int32", 20)):
         values = torch.linspace(0, 2**bits - 1, 256).round()  # the 8 highest bits in use are kept
         Image.fromarray(values.int().numpy().astype(dtype).reshape(16, 16)).save("deep.tiff")
@@ -1054,7 +908,7 @@ def test_both_views_show_the_image_of_their_index(size):
             red, green, blue = x.mean(dim=(2, 3)).double().unbind(1)
             hue = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue) / (2 * math.pi)
             colored = x.mean(dim=(2, 3)).std(dim=1) > 0.01
-            turn = (hue - torch.tensor([*HUES])[indices] + 0.5) % 1 - 0.5  # the jitter turns it by 0.1 at most
+            turn = (hue - torch.tensor([*HUES])[indices] + 0.5) % 1 - 0.5  # by the jitter, 0.1 at most
             assert x.shape == (4, 3, size, size) and turn[colored].abs().max() < 0.15
 
 
@@ -1063,8 +917,7 @@ def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones():
     write_image(Path("photos/a.png"), torch.stack([ramp, ramp.T, 0 * ramp]).byte())
     photos, i = load("photos", "--min-scale", 0.3, "--image-size", 80)[0], torch.zeros(200, dtype=torch.long)
     crops = photos.raw(i, "0 0")
-    assert crops.shape == (200, 2, 3, 80, 80) and torch.equal(crops, photos.raw(i, "0 0"))
-    assert not torch.equal(crops, photos.raw(i, "0 1"))
+    assert torch.equal(crops, photos.raw(i, "0 0")) and not torch.equal(crops, photos.raw(i, "0 1"))
     red, green = crops[:, :, 0].float().mean(dim=2), crops[:, :, 1].float().mean(dim=3)  # (200, 2, 80)
     wide, high = (red[..., -1] - red[..., 0]) / 255, (green[..., -1] - green[..., 0]) / 255
     assert 0.4 < (wide < 0).float().mean() < 0.6 and (high > 0).all()  # flipped sideways only
@@ -1088,45 +941,43 @@ def test_an_epoch_is_a_permutation_and_its_incomplete_batch_is_dropped():
 # A run: what it reports and what it leaves
 
 
-def test_training_reports_what_it_measures(capsys):
-    train.main([*TINY, "--knn-every", "2", "--epochs", "3"])
+def test_training_reports_what_it_measures_to_TensorBoard_too(capsys, monkeypatch):
+    sent = []
+    writer = types.SimpleNamespace(add_scalar=lambda *row: sent.append(row))
+    fake = types.SimpleNamespace(SummaryWriter=lambda out, purge_step: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    train.main([*TINY, "--knn-every", "2", "--epochs", "3", "--tensorboard"])
     one, two, three = rows("runs/textures")
+    assert ("erank", two["erank"], 2) in sent
     assert list(one) == "epoch loss spread erank knn lr images_per_second".split()
-    assert [row["epoch"] for row in (one, two, three)] == [1, 2, 3]
     assert all(-1 <= row["loss"] <= 1 and 1 <= row["erank"] <= 16 for row in (one, two))
     assert one["knn"] is None and 0 <= two["knn"] <= 1 and 0 <= three["knn"] <= 1  # every two, and the last
-    out = capsys.readouterr().out
-    assert out.startswith("textures: 500 images, 200 labeled test images; 15 steps of 100; ")
-    assert "lr 0.4 * 100 / 256 = 0.1562; 1 x cpu, torch.float32; results in runs/textures\n" in out
-    assert len(out.splitlines()) == 7 and out.endswith("next: python eval.py runs/textures\n")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == (
+        "textures: 500 images, 200 labeled test images; 15 steps of 100; lr 0.4 * 100 / 256 = 0.1562; "
+        "1 x cpu, torch.float32; results in runs/textures"
+    )
+    assert last.endswith("next: python eval.py runs/textures")
     lr = [0.4 * 100 / 256 * (1 + math.cos(math.pi * step / 15)) / 2 for step in (4, 9, 14)]
     assert [row["lr"] for row in (one, two, three)] == pytest.approx(lr)  # the encoder's
     checkpoint = checkpoint_of("runs/textures")
     assert not {"out", "device", "workers", "resume"} & checkpoint["args"].keys()
-    assert {name.split(".")[0] for name in checkpoint["model"]} == {"backbone", "projector", "predictor"}
     build_backbone("convnet", width=2)[0].load_state_dict(checkpoint["backbone"], strict=True)
 
 
-def test_progress_speed_and_time_left_are_those_of_the_clock(capsys, monkeypatch):
-    now, update = [0.0], train.Trainer.update
-
-    def timed(self, *args):
-        update(self, *args)
-        now[0] += 1.0 if self.step <= 5 else 2.0  # seconds per step
-
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.Trainer, "update", timed)
+def test_a_terminal_shows_progress_and_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    train.main([*TINY, "--epochs", "3", "--out", "run"])
-    out = capsys.readouterr().out
-    assert [row["images_per_second"] for row in rows("run")] == pytest.approx([100, 50, 50])
-    assert re.findall(r"images/s  0:00:(\d+) left", out) == ["10", "10", "00"]
-    assert re.findall(r"epoch 2: (\d/5), 0:00:0(\d) left \r", out) == [(f"{i}/5", f"{10 - 2 * i}") for i in range(1, 6)]
+    monkeypatch.setattr(train.time, "monotonic", lambda: 30.0)
+    for done in range(1, 1001):
+        train.show_progress("epoch 1", done, 1000, began=10.0)
+    shown = capsys.readouterr().out.split("\r")
+    assert len(shown) == 101 and shown[24] == "epoch 1: 250/1000, 0:01:00 left "
 
 
 def test_views_png_shows_eight_images_and_below_each_its_views(monkeypatch):
     drawn, two_views = [], train.two_views
-    monkeypatch.setattr(train, "two_views", lambda *args: drawn.append((args, two_views(*args))) or drawn[-1][1])
+    spy = lambda *args: drawn.append((args, two_views(*args))) or drawn[-1][1]  # noqa: E731
+    monkeypatch.setattr(train, "two_views", spy)
     train.main([*TINY, "--epochs", "1", "--out", "run"])
     (images, size, _), (x1, x2) = drawn[0]
     picture = v2.functional.pil_to_tensor(Image.open("run/views.png")) / 255
@@ -1143,36 +994,27 @@ def by_hand(backbone, images):
         return backbone.eval()(v2.functional.normalize(images.source / 255, images.mean, images.std))
 
 
-def test_features_are_those_of_every_image_in_eval_mode_and_the_network_stays_as_it_is():
-    t = trainer()
-    t.update(*batches(t)[0])  # now the running statistics are not those of a new network
-    for count in (260, 499, 1):
-        part = t.images.subset(torch.randperm(500)[:count])
-        before = copy.deepcopy(t.model.state_dict())
-        t.model.train()
-        features = train.extract_features(t.model.backbone, part, "cpu")
-        assert t.model.backbone.training and same(before, t.model.state_dict())
-        assert features.dtype == torch.float32 and not features.requires_grad
-        torch.testing.assert_close(features, by_hand(t.model.backbone, part), rtol=1e-4, atol=1e-5)
-
-
 def test_kNN_and_erank_are_those_of_the_backbones_features_on_all_test_images():
     t, test = trainer_of(args_of(*TINY))
     for batch, indices in batches(t, 5):
         t.update(batch, indices)
+    before = copy.deepcopy(t.model.state_dict())
+    t.images = t.images.subset(torch.arange(499))  # batches of 250 must not lose the last one
     erank, knn = train.monitor(t, test, knn=True)
+    assert same(before, t.model.state_dict()) and t.model.backbone.training
     bank, queries = by_hand(t.model.backbone, t.images), by_hand(t.model.backbone, test)
-    voted = vote(queries, bank, t.images.labels, k=50)  # the smallest class has 50 images
+    features = train.extract_features(t.model.backbone, t.images, "cpu")
+    torch.testing.assert_close(features, bank, rtol=1e-4, atol=1e-5)
+    voted = vote(queries, bank, t.images.labels, k=49)  # the smallest class has 49 images
     assert knn == pytest.approx(sum(a == b for a, b in zip(voted, test.labels.tolist())) / 200, abs=0.0051)
     s = torch.linalg.svdvals(F.normalize(queries) - F.normalize(queries).mean(dim=0))
     entropy = torch.distributions.Categorical(s / s.sum()).entropy()
-    assert erank == pytest.approx(entropy.exp().item(), rel=1e-3)
     assert train.monitor(t, test, knn=False) == (pytest.approx(erank, rel=1e-4), None)
+    assert erank == pytest.approx(entropy.exp().item(), rel=1e-3)
+    test.labels = None
     in_order = test.subset(torch.cat([torch.zeros(300, dtype=torch.long), torch.arange(200)]))
-    assert train.monitor(t, in_order, knn=False)[0] > 1.5  # of all classes, not of the first 256 images
-    unlabeled = copy.copy(test)
-    unlabeled.labels = None
-    assert train.monitor(t, unlabeled, knn=True)[1] is train.monitor(t, None, knn=True)[1] is None
+    erank, knn = train.monitor(t, in_order, knn=True)
+    assert erank > 1.5 and knn is None  # of all classes, not of the first 256 images; no labels, no kNN
 
 
 def test_kept_checkpoints_and_the_best_of_all_epochs(monkeypatch):
@@ -1189,60 +1031,29 @@ def test_kept_checkpoints_and_the_best_of_all_epochs(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["sums", "weights"])
-def test_nan_and_infinity_stop_a_run_before_they_are_saved(what, capsys, monkeypatch):
+def test_infinity_stops_a_run_before_it_is_saved(what, capsys, monkeypatch):
     update = train.Trainer.update
 
     def poisoned(self, *args):
         update(self, *args)
+        values = self.sums if what == "sums" else self.model.backbone[1].running_var
         if self.step == 7:
-            (self.sums if what == "sums" else self.model.backbone[1].running_var).fill_(math.inf)
+            values.fill_(math.inf)
 
     monkeypatch.setattr(train.Trainer, "update", poisoned)
-    line = fails([*TINY, "--out", "run"], capsys)
-    assert "not finite in epoch 2" in line and "--base-lr" in line
+    assert "not finite in epoch 2: use a lower --base-lr" in fails([*TINY, "--out", "run"], capsys)
     assert checkpoint_of("run")["step"] == 5 and len(rows("run")) == 1
 
 
 def test_a_failed_write_keeps_the_last_checkpoint(pretrained, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
     t = trainer()
     t.args.out = pretrained
     before = Path("run/checkpoint.pt").read_bytes()
     for broken in ("torch.save", "os.fsync", "os.replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(broken, full)
+            patch.setattr(broken, lambda *args: os.listdir("no space left on device"))
             train.save(t)
         assert Path("run/checkpoint.pt").read_bytes() == before
-
-
-def test_tensorboard_gets_every_number(monkeypatch):
-    written = []
-    writer = types.SimpleNamespace(add_scalar=lambda *args: written.append(args))
-    fake = types.SimpleNamespace(SummaryWriter=lambda out, purge_step: writer)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    train.main([*TINY, "--tensorboard", "--out", "run"])
-    assert [x for x in written if x[0] == "loss"] == [("loss", row["loss"], row["epoch"]) for row in rows("run")]
-
-
-def test_init_takes_the_backbone_of_a_run_of_torchvision_or_of_the_authors(pretrained, capsys):
-    train.main([*TINY, "--base-lr", "0", "--init", "run", "--seed", "3", "--dim", "8", "--out", "next"])
-    names = dict(build_backbone("convnet", width=2)[0].named_parameters())
-    one, two = (checkpoint_of(run)["backbone"] for run in ("run", "next"))
-    assert all(torch.equal(one[name], two[name]) for name in names)  # at lr 0, only BN's statistics change
-    fresh = trainer("--seed", "3", "--dim", "8").model.projector.state_dict()
-    assert torch.equal(weights("next")["projector.0.weight"], fresh["0.weight"])  # the heads start anew
-    net = torchvision.models.resnet18()
-    theirs = {f"module.encoder.{name}": x for name, x in net.state_dict().items() if "fc." not in name}
-    theirs |= {"module.encoder.fc.0.weight": torch.zeros(3, 3), "module.predictor.0.weight": torch.zeros(3)}
-    torch.save(net.state_dict(), "torchvision.pt")
-    torch.save(dict(arch="resnet18", state_dict=theirs), "authors.pt")
-    for file in ("torchvision.pt", "authors.pt"):
-        backbone, _ = build_backbone("resnet18")
-        train.load_backbone_weights(backbone, file)
-        assert all(torch.equal(x, net.state_dict()[name]) for name, x in backbone.state_dict().items())
-        assert f"{file} does not fit" in fails([*TINY, "--init", file, "--out", f"not {file}"], capsys)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1259,10 +1070,9 @@ def test_a_killed_run_resumes_with_the_same_bits(monkeypatch, flags):
 
     def killed(self, *args):
         update(self, *args)
-        if self.step == 12:  # in the third epoch
-            raise MemoryError
+        assert self.step != 12  # in the third epoch
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
         patch.setattr(train.Trainer, "update", killed)
         train.main([*flags, "--out", "parts"])
     assert checkpoint_of("parts")["step"] == 10
@@ -1270,30 +1080,29 @@ def test_a_killed_run_resumes_with_the_same_bits(monkeypatch, flags):
     whole, parts = checkpoint_of("whole"), checkpoint_of("parts")
     assert same(whole["model"], parts["model"]) and same(whole["targets"], parts["targets"])
     assert whole["scaler"] == parts["scaler"] and bool(whole["scaler"]) == ("fp16" in flags)
-    for row in rows("whole") + rows("parts"):
-        assert row.pop("images_per_second") > 0
     for a, b in zip(rows("whole"), rows("parts"), strict=True):
-        assert (a["loss"], a["spread"], a["erank"], a["knn"]) == (b["loss"], b["spread"], b["erank"], b["knn"])
+        assert a | dict(images_per_second=0) == b | dict(images_per_second=0)
 
 
 def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers():
     write_folder(Path("photos"))
     for out, flags in (("0", "--workers 0"), ("2", "--workers 2"), ("other", "--workers 0 --seed 1")):
         train.main(["photos", *FOLDER, "--image-size", "80", *flags.split(), "--out", out])
-    assert same(weights("0"), weights("2")) and not same(weights("0"), weights("other"))
+    none, two, other = (checkpoint_of(run)["model"] for run in ("0", "2", "other"))
+    assert same(none, two) and not same(none, other)
 
 
 def test_a_resumed_run_keeps_its_flags_and_says_both_values(capsys):
-    train.main(["textures", *TINY, *"--epochs 1 --resume run --asymmetric --weight-decay 0".split()])  # starts
-    for flag, value, was in (("--dim", 32, 16), ("--epochs", 5, 1), ("--seed", 1, 0), ("--recipe", "small", None)):
+    train.main(["textures", *TINY, *"--epochs 1 --resume run --asymmetric --weight-decay 0".split()])
+    for flag, value, was in (("--dim", 32, 16), ("--epochs", 5, 1), ("--recipe", "small", None)):
         line = fails(["--resume", "run", flag, value], capsys)
         assert f"= {was}, not {value}" in line and "--init" in line
     args = args_of("--resume", "run", "--amp", "bf16", "--knn-every", 1, "--workers", 0)  # may change
     assert (args.amp, args.knn_every, args.workers) == ("bf16", 1, 0)
     assert args.epochs == 1 and args.asymmetric and args.weight_decay == 0 and args.out == "run"
-    before = weights("run")
-    train.main(["--resume", "run"])  # finished: nothing changes
-    assert same(before, weights("run")) and "next: python eval.py run" in capsys.readouterr().out
+    before = checkpoint_of("run")["model"]
+    train.main(["--resume", "run"])  # it is finished, and nothing changes
+    assert same(before, checkpoint_of("run")["model"])
     assert "name DATA as well" in fails(["--resume", "typo"], capsys) and not Path("typo").exists()
 
 
@@ -1309,16 +1118,14 @@ def test_a_run_has_a_new_folder_and_resume_never_takes_another(pretrained, capsy
         train.pretrain(args, None)
 
 
-def test_a_folder_may_move_but_not_change_before_a_resume(capsys):
+@SIZES
+def test_a_folder_may_move_but_not_change_before_a_resume(size, capsys):
     photos = write_folder(Path("photos"), parts=["."])
-    for size in ("16", "80"):
-        train.main(["photos", *FOLDER, "--image-size", size, "--out", size])
+    train.main(["photos", *FOLDER, "--image-size", str(size), "--out", "run"])
     moved = photos.rename("moved")
-    for size in ("16", "80"):
-        train.main(["moved", "--resume", size])
+    train.main(["moved", "--resume", "run"])
     (moved / "cat/0.jpg").rename(moved / "dog/9.jpg")  # as many images as before, in another order
-    for size in ("16", "80"):
-        assert "moved has changed" in fails(["moved", "--resume", size], capsys)
+    assert "moved has changed" in fails(["moved", "--resume", "run"], capsys)
 
 
 class Evil:
@@ -1328,77 +1135,48 @@ class Evil:
 
 def test_damaged_and_hostile_checkpoints_are_one_line_and_never_executed(pretrained, capsys):
     file = Path("run/checkpoint.pt")
-    whole = file.read_bytes()
     torch.save({"model": Evil()}, "evil.pt")
-    bad = (whole[: len(whole) // 2], b"", b"a text file\n", pickle.dumps(Evil(), 2), Path("evil.pt").read_bytes())
-    for content in bad:
+    half = file.read_bytes()[:5000]
+    for content in (half, b"", b"text", pickle.dumps(Evil(), 2), Path("evil.pt").read_bytes()):
         file.write_bytes(content)
         for words, main in ((["--resume", "run"], train.main), (["run"], evaluation.main)):
             assert "run/checkpoint.pt cannot be read as a checkpoint" in fails(words, capsys, main)
     assert not Path("executed").exists()
 
 
-def test_kill_9_at_any_moment_loses_no_bit():
-    write_folder(Path("photos"), parts=["."])
-    flags = ["photos", *FOLDER, "--epochs", "30"]
-    train.main([*flags, "--out", "whole"])
-    process = start(HERE / "train.py", *flags, "--resume", "run")
-    wait_for(process, "epoch  15/")  # killed after a report, which is while saving or soon after
-    process.kill()
-    process.wait()
-    train.main(["--resume", "run"])
-    assert same(weights("whole"), weights("run"))
-    assert [row["loss"] for row in rows("whole")] == [row["loss"] for row in rows("run")]
-
-
 def test_ctrl_c_and_a_full_memory_are_one_line_with_the_remedy(capsys, monkeypatch):
-    for error, words in ((KeyboardInterrupt, "continue with --resume run"), (torch.OutOfMemoryError, "smaller --batch")):
-        monkeypatch.setattr(train, "pretrain", types.SimpleNamespace(side_effect=error))
+    def broken(self, *args):
+        raise error
 
-        def broken(*args, error=error):
-            raise error
-
-        monkeypatch.setattr(train, "pretrain", broken)
-        assert words in fails([*TINY, "--out", "run"], capsys)
+    monkeypatch.setattr(train.Trainer, "update", broken)
+    error = KeyboardInterrupt()
+    assert "interrupted: continue with --resume one" in fails([*TINY, "--out", "one"], capsys)
+    error = torch.OutOfMemoryError()
+    assert "out of memory: use a smaller --batch-size" in fails([*TINY, "--out", "two"], capsys)
 
 
 def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for native, dtype in ((dict(amx_bf16=True), torch.bfloat16), (dict(avx512_bf16=True), torch.bfloat16), ({}, None)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: native, raising=False)
-        assert train.amp_dtype("auto", cpu) == dtype
+    for native, dtype in ((["amx_bf16"], torch.bfloat16), (["avx512_bf16"], torch.bfloat16), ([], None)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(native, True), raising=False)
+        assert train.amp_dtype("auto", torch.device("cpu")) == dtype
     for native, dtype in ((True, torch.bfloat16), (False, None)):  # emulation does not count
-        answer = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
-        assert train.amp_dtype("auto", cuda) == dtype
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        assert train.amp_dtype("auto", torch.device("cuda")) == dtype
 
 
-@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("amp, dtype", [("off", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
 def test_under_amp_the_network_computes_in_that_dtype_and_the_weights_stay_float32(amp, dtype):
     exact, t = trainer(), trainer("--amp", amp)
     seen = []
     t.model.projector[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     for one in (exact, t):
         one.update(*batches(one)[0])
-    assert seen == [dtype] * 2 and all(w.dtype == torch.float32 for w in t.model.parameters())
+    assert seen == [getattr(torch, dtype)] * 2 and all(w.dtype == torch.float32 for w in t.model.parameters())
     assert exact.sums.tolist() == pytest.approx(t.sums.tolist(), abs=0.02)
+    for a, b in zip(exact.model.parameters(), t.model.parameters()):  # a scaler's factor is removed again
+        assert (a - b).norm() < 0.05 * a.norm() + 1e-2
     features = train.extract_features(t.model.backbone, t.images, "cpu", t.amp)
-    assert features.dtype == torch.float32 and (features - by_hand(t.model.backbone, t.images)).abs().max() < 0.1
-
-
-def test_fp16_steps_through_the_scaler():
-    """Gradients are scaled up for float16 and down again; a step with infinite gradients is skipped."""
-    exact, t = trainer(), trainer()
-    t.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    for one, (batch, indices) in itertools.product((exact, t), batches(t, 2)):
-        one.update(batch, indices)
-    assert t.scaler.get_scale() == 2048  # after two good steps
-    for a, b in zip(exact.model.parameters(), t.model.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    before = copy.deepcopy(dict(t.model.named_parameters()))
-    t.scaler._scale.fill_(math.inf)
-    t.update(*batches(t)[0])
-    assert same(before, dict(t.model.named_parameters()))
+    assert features.dtype == torch.float32
 
 
 def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
@@ -1422,86 +1200,81 @@ def test_each_process_has_its_own_gpu_and_gloo_beside_nccl(monkeypatch):
     """Without a GPU, by stand-ins."""
     for name, value in dict(WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="3").items():
         monkeypatch.setenv(name, value)
-    chosen, joined = [], {}
+    called = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
     monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([("store", 5, 8)]))
     monkeypatch.setattr(train.dist, "PrefixStore", lambda prefix, store: (prefix, store))
-    init = lambda backend, **options: joined.update(options, backend=backend)  # noqa: E731
-    monkeypatch.setattr(train.dist, "init_process_group", init)
+    join = lambda *args, **options: called.append((args, options))  # noqa: E731
+    monkeypatch.setattr(train.dist, "init_process_group", join)
     train.setup_distributed()
-    expected = dict(backend="cpu:gloo,cuda:nccl", store=("3", "store"), rank=5, world_size=8)
-    assert chosen == [1] and joined == expected
+    assert called == [1, (("cpu:gloo,cuda:nccl",), dict(store=("3", "store"), rank=5, world_size=8))]
 
 
-DDP = """
-import sys, torch
-sys.path.insert(0, {here!r})
+NOISE = ["noise.npz", *TINY, *"--arch convnet --epochs 10 --knn-every 10 --keep-every 1".split()]
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
 import train
 
-def work():  # in a function, because gloo's threads must end before Python does
-    args = train.get_args({argv!r})[0]
-    images, test = (train.Images(*train.textures(n, seed=0), train.PATTERNS, args) for n in (500, 301))
-    t = train.Trainer(args, images)
-    loader = train.make_loader(images, train.schedule(500, 100, 0, range(3)), workers=0)
-    gradients = []
-    for batch, indices in loader:
-        t.update(batch, indices)
-        gradients.append([w.grad.clone() for w in t.model.parameters()])
-    mine = t.sums.clone()
-    train.report(t, test, 1, seconds=1.0)
-    features = train.extract_features(t.model.backbone, test, "cpu")
-    torch.save(dict(gradients=gradients[0], batch=batch, history=t.history, mine=mine, peak_lr=t.peak_lr,
-                    features=features, last=t.model.state_dict()), f"rank{{t.rank}}.pt")
+def update(self, *args, update=train.Trainer.update):
+    if (self.step, self.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (5, 1, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, *args)
 
-train.setup_distributed()
-work()
-torch.distributed.destroy_process_group()
+train.Trainer.update = update
+train.main()
 """
 
 
-def test_two_processes_are_one_training():
-    """They average their gradients, keep the same weights, and share one evaluation."""
-    flags = [*TINY, *"--mean .5 .5 .5 --std .25 .25 .25 --knn-every 1".split()]
-    Path("ddp.py").write_text(DDP.format(here=str(HERE), argv=flags))
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ddp.py")
-    _, err = process.communicate(timeout=90)
-    assert process.returncode == 0, err
-    a, b = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(a["last"][n], b["last"][n]) for n in a["last"] if "running" not in n)
-    assert len(a["batch"]) == 50 and not torch.equal(a["batch"], b["batch"])
-    assert a["history"] == b["history"]
-    assert a["history"][0]["loss"] == pytest.approx((a["mine"] + b["mine"])[0].item() / 2 / 5)
-    args = args_of(*flags)
-    images, test = (train.Images(*all_textures(n, seed=0), train.PATTERNS, args) for n in (500, 301))
-    assert a["peak_lr"] == pytest.approx(args.base_lr * 100 / 256)  # by the total batch
-    # By hand: each half of the batch, with its rank's seed, through the same initial weights.
-    order = next(train.schedule(500, 100, 0, range(1)))[0]
-    gradients = []
-    for rank in (0, 1):
-        t = train.Trainer(args, images)
-        equation_4(*t.model(*views_of(t, images.source[order[rank::2]], 0, rank))).backward()
-        gradients.append([w.grad for w in t.model.parameters()])
-    for got, x, y in zip(a["gradients"], *gradients):
-        torch.testing.assert_close(got, (x + y) / 2, rtol=1e-3, atol=1e-6)
-    # Process 0 extracts the features of the even ones of 301 images; both have all of them.
-    t.model.load_state_dict(a["last"])
-    torch.testing.assert_close(a["features"][::2], by_hand(t.model.backbone, test)[::2], rtol=1e-4, atol=1e-5)
-    assert torch.equal(a["features"], b["features"]) and a["features"].shape == (301, 16)
+@pytest.fixture(scope="session", autouse=True)
+def two_processes(tmp_path_factory):
+    """A folder with noise.npz and two runs on it by torchrun, in the second of which a process is killed.
+
+    They are started before the first test, because importing torch so often takes a while.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    x, y = torch.randint(256, (101, 16, 16), dtype=torch.uint8).numpy(), np.arange(101) % 2
+    np.savez(folder / "noise.npz", train_images=x[:100], train_labels=y[:100], test_images=x, test_labels=y)
+    (folder / "killed.py").write_text(KILLED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun.append("--max-restarts=1")
+    options = dict(cwd=folder, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    whole = subprocess.Popen([*torchrun, HERE / "train.py", *NOISE, "--out", "whole"], **options)
+    killed = subprocess.Popen([*torchrun, "killed.py", *NOISE, "--resume", "run"], **options)
+    yield folder, whole, killed
+    whole.kill()
+    killed.kill()
 
 
-def test_torchrun_restarts_a_killed_process_and_loses_no_bit():
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    argv = [*torchrun, HERE / "train.py", "textures", *TINY, "--batch-size", "500", "--epochs", "3"]
-    whole = start(*argv, "--out", "whole")
-    process = start(*argv, "--resume", "run")
-    wait_for(process, "epoch   1/")
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 0 and "epoch   3/3" in out, err
-    assert whole.wait(timeout=90) == 0 and same(weights("whole"), weights("run"))
-    assert [row["epoch"] for row in rows("run")] == [1, 2, 3]
+def test_two_processes_average_their_gradients_and_share_one_evaluation(two_processes, monkeypatch):
+    folder, whole, _ = two_processes
+    monkeypatch.chdir(folder)
+    out, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    # By hand: each half of the first batch, with its rank's seed, through the same initial weights.
+    t, test = trainer_of(args_of(*NOISE))
+    order, _ = next(train.schedule(100, 100, 0, range(1)))
+    halves = [views_of(t, t.images.source[order[rank::2]], 0, rank) for rank in (0, 1)]
+    loss = sum(equation_4(*t.model(*half)) / 2 for half in halves)
+    names, parameters = zip(*t.model.named_parameters())
+    first = torch.load("whole/checkpoint-0001.pt", weights_only=True)["model"]
+    for name, w, gradient in zip(names, parameters, torch.autograd.grad(loss, parameters)):
+        expected = w - 0.24 * 100 / 256 * (gradient + 5e-4 * w)  # the lr follows the total batch
+        torch.testing.assert_close(first[name], expected, rtol=1e-3, atol=1e-5)
+    assert rows("whole")[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    erank, knn = train.monitor(trainer_of(t.args)[0], test, knn=True)  # in one process, before training
+    assert f"before training: erank {erank:.1f}  kNN {knn:.1%}" in out
+
+
+def test_torchrun_restarts_after_kill_9_and_loses_no_bit(two_processes, monkeypatch):
+    folder, whole, killed = two_processes
+    monkeypatch.chdir(folder)
+    out, err = killed.communicate(timeout=120)
+    assert killed.returncode == 0 and "epoch  10/10" in out and "exitcode: -9" in err, err
+    whole.wait(timeout=120)
+    assert same(checkpoint_of("whole")["model"], checkpoint_of("run")["model"])
+    assert [row["epoch"] for row in rows("run")] == [*range(1, 11)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1527,16 +1300,25 @@ def data_of(run):
     return train.load_data(evaluation.get_args([run])[0])
 
 
-def test_kNN_counts_every_test_image_by_the_backbones_features_or_by_the_pixels(pretrained, capsys):
+def test_kNN_counts_images_by_the_backbones_features_or_by_the_pixels_and_names_the_worst_classes(
+    pretrained, monkeypatch, capsys
+):
     images, test = data_of(pretrained)
-    for name, net in ((pretrained, backbone_of(pretrained)), ("pixels", nn.Flatten())):
-        bank, queries = (by_hand(net, part) for part in (images, test))
-        for flags, k, temperature in (([], 50, 0.2), (["--k", 1], 1, 0.2), (["--temperature", 0.05], 50, 0.05)):
-            voted = vote(queries, bank, images.labels, k, temperature)
-            right = sum(a == b for a, b in zip(voted, test.labels.tolist()))
-            out, share = evaluate(capsys, name, "knn", "--data", "textures", *flags)
-            assert f"knn (k={k}, temperature={temperature})" in out  # the k that was used
-            assert share == pytest.approx(right / 2, abs=0.51)
+    test = test.subset(torch.cat([(test.labels < 3).nonzero()[:, 0], torch.arange(20)]))  # unequal classes
+    monkeypatch.setattr(evaluation, "load_data", lambda args: (images, test))
+    for name, net, flags, k, temperature in (
+        (pretrained, backbone_of(pretrained), [], 50, 0.2), ("pixels", nn.Flatten(), ["--k", 1], 1, 0.2),
+        (pretrained, backbone_of(pretrained), ["--temperature", 0.05], 50, 0.05),
+    ):  # fmt: skip
+        voted = vote(by_hand(net, test), by_hand(net, images), images.labels, k, temperature)
+        correct = (torch.tensor(voted) == test.labels).double()
+        out, share = evaluate(capsys, name, "knn", "--data", "textures", *flags)
+        assert f"knn (k={k}, temperature={temperature})" in out  # the k that was used
+        assert share == pytest.approx(100 * correct.mean().item(), abs=0.01)
+    classes = test.labels.unique()
+    expected = {train.PATTERNS[c]: round(100 * correct[test.labels == c].mean().item(), 1) for c in classes}
+    shown = {name: float(x) for name, x in re.findall(r"(\w+) ([\d.]+)%", out.split("worst classes: ")[1])}
+    assert shown == expected and [*shown.values()] == sorted(expected.values())
 
 
 def test_a_run_brings_its_settings_and_flags_override_them(capsys):
@@ -1551,17 +1333,16 @@ def test_a_run_brings_its_settings_and_flags_override_them(capsys):
     assert "does not fit --arch" in fails(["run", "--width", "3"], capsys, evaluation.main)
 
 
-PROTOCOLS = pytest.mark.parametrize("task", ["knn", "linear", "linear --augment", "finetune"])
-
-
-@PROTOCOLS
-def test_protocols_learn_from_the_training_set_only_and_judge_every_test_image_alone(task, monkeypatch, capsys):
+@pytest.mark.parametrize("task", ["knn", "linear", "linear --augment", "finetune"])
+def test_protocols_learn_from_the_training_set_only_and_judge_each_image_alone(task, monkeypatch, capsys):
     load_data, scores = train.load_data, []
     for part in (slice(0, 100), slice(100, 200), slice(0, 200), None):
 
         def load_part(args, part=part):
             images, test = load_data(args)
-            test.source[100:] = 255 - test.source[100:] // 2  # the two halves differ
+            for x in (images, test):
+                x.source[:, :2] = 25 * x.labels.byte().view(-1, 1, 1, 1)  # the class can be seen
+            test.source[100:] = 255 - test.source[100:]  # the two halves differ
             if part:
                 return images, test.subset(torch.arange(200)[part])
             images.labels %= 5
@@ -1569,93 +1350,63 @@ def test_protocols_learn_from_the_training_set_only_and_judge_every_test_image_a
             return images, test
 
         monkeypatch.setattr(evaluation, "load_data", load_part)
-        flags = ["--k", 5] if task == "knn" else ["--epochs", 2]
-        _, share = evaluate(capsys, "pixels", *task.split(), "--data", "textures", "--image-size", 8, *flags)
-        scores.append(share)
-    assert (scores[0] + scores[1]) / 2 == pytest.approx(scores[2], abs=0.01) and scores[2] > scores[3] == 0
+        flags = ["--k", 5] if task == "knn" else ["--epochs", 10, "--batch-size", 50]
+        network = ["pixels", "--data", "textures", "--image-size", 8]
+        scores.append(evaluate(capsys, *network[:1], *task.split(), *network[1:], *flags)[1])
+    assert (scores[0] + scores[1]) / 2 == pytest.approx(scores[2], abs=0.01)
+    assert scores[0] > 40 and scores[3] < 3  # chance is 10
 
 
-@PROTOCOLS
-def test_every_protocol_tells_three_colors_apart(task, monkeypatch, capsys):
-    def colors(count, seed):
-        labels = torch.arange(count // 40) % 3
-        images = torch.eye(3)[labels].view(-1, 3, 1, 1) * 150 + 50 + 20 * torch.rand(len(labels), 3, 16, 16)
-        return images.byte(), labels
-
-    monkeypatch.setattr(train, "textures", colors)
-    train.main([*TINY, *"--batch-size 25 --width 4 --image-size 16 --out run".split()])
-    # --augment does not standardize the features, and those of an untrained network are too small for its lr.
-    network = ["pixels", "--data", "textures", "--image-size", 16] if "augment" in task else ["run", "--untrained"]
-    flags = [] if task == "knn" else ["--epochs", 8, "--batch-size", 25]
-    assert evaluate(capsys, *network[:1], *task.split(), *network[1:], *flags)[1] == 100
-
-
-def spied_backbones(monkeypatch):
-    nets, load_backbone = [], evaluation.load_backbone
-    monkeypatch.setattr(evaluation, "load_backbone", lambda args: nets.append(load_backbone(args)) or nets[-1])
-    return nets
-
-
-def test_a_probe_changes_no_tensor_of_the_backbone(pretrained, monkeypatch):
-    nets = spied_backbones(monkeypatch)
-    for protocol in ([], ["--augment"]):
-        evaluation.main([pretrained, "linear", "--epochs", "2", *protocol])
-        assert same(checkpoint_of(pretrained)["backbone"], nets[-1].state_dict()) and not nets[-1].training
-
-
-def test_fine_tuning_changes_all_weights_and_statistics_only_from_scratch(pretrained, monkeypatch, capsys):
-    nets, tune, heads = spied_backbones(monkeypatch), evaluation.finetune, []
-    monkeypatch.setattr(evaluation, "finetune", lambda *args: heads.append((tune(*args), args[2])) or heads[-1][0])
-    _, test = data_of(pretrained)
-    for untrained in ([], ["--untrained"]):
-        flags = [*untrained, "finetune", "--labels-per-class", 2, "--epochs", 20]
-        out, share = evaluate(capsys, pretrained, *flags)
-        torch.manual_seed(0)
-        before = build_backbone("convnet", width=2)[0] if untrained else backbone_of(pretrained)
-        for name, value in before.state_dict().items():
-            statistic = "running" in name or "num_batches" in name
-            unchanged = torch.equal(value, nets[-1].state_dict()[name])
-            assert unchanged == (statistic and not untrained), name
-        head, bank = heads[-1]  # from scratch, the head's standardization follows the changing features
-        assert torch.allclose(head[0].running_mean, bank.mean(dim=0), atol=1e-6) == (not untrained)
-        predicted = head(by_hand(nets[-1], test)).argmax(dim=1)  # by the tuned network
-        assert share == pytest.approx(100 * (predicted == test.labels).float().mean().item(), abs=0.01)
+@pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune", "finetune --untrained"])
+def test_a_probe_changes_nothing_fine_tuning_all_weights_and_training_from_scratch_BN_too(
+    task, pretrained, monkeypatch, capsys
+):
+    backbones, load_backbone = [], evaluation.load_backbone
+    spy = lambda args: backbones.append(load_backbone(args)) or backbones[-1]  # noqa: E731
+    monkeypatch.setattr(evaluation, "load_backbone", spy)
+    flags = ["--labels-per-class", 2, "--epochs", 20, "--save", "classifier.pt"]
+    out, share = evaluate(capsys, pretrained, *task.split(), *flags)
+    torch.manual_seed(0)
+    before = build_backbone("convnet", width=2)[0] if "untrained" in task else backbone_of(pretrained)
+    for name, value in before.state_dict().items():
+        statistic = "running" in name or "num_batches" in name
+        changes = "untrained" in task or ("finetune" in task and not statistic)
+        assert torch.equal(value, backbones[0].state_dict()[name]) != changes, name
+    if "finetune" in task:
+        images, test = data_of(pretrained)
+        bank = by_hand(before, images.subset(evaluation.few_labels(images, 2, seed=0)))
+        head = torch.load("classifier.pt", weights_only=True)["head"]
+        kept = torch.allclose(head["0.running_mean"], bank.mean(dim=0), atol=1e-6)
+        assert kept == ("untrained" not in task)  # from scratch, the standardization follows the features
         curve = re.findall(r"^  epoch (\d+)/20: top-1 ([\d.]+)%", out, re.M)
         assert [int(epoch) for epoch, _ in curve] == [*range(2, 21, 2)] and float(curve[-1][1]) == share
 
 
-@pytest.mark.parametrize("task, peak, batch, epochs", [
-    ("linear", 1.0, 256, 90),
-    ("linear --augment --epochs 3", 30.0, 256, 3),
-    ("finetune --epochs 3", 0.1 * 64 / 256, 64, 3),
-    ("linear --base-lr 0.5 --batch-size 128 --epochs 4", 0.5 * 128 / 256, 128, 4),
-    ("finetune --base-lr 0.4 --batch-size 128 --epochs 4", 0.4 * 128 / 256, 128, 4),
+@pytest.mark.parametrize("task, peaks, batch, epochs", [
+    ("linear", [1.0], 256, 90),
+    ("linear --augment --epochs 3", [30.0], 256, 3),
+    ("finetune --epochs 3", [64 / 256, 0.1 * 64 / 256], 64, 3),
+    ("linear --base-lr 0.5 --batch-size 128 --epochs 4", [0.5 * 128 / 256], 128, 4),
+    ("finetune --base-lr 0.4 --batch-size 128 --epochs 4", [128 / 256, 0.4 * 128 / 256], 128, 4),
 ])  # fmt: skip
-def test_protocols_are_sgd_with_a_scaled_lr_and_cosine_decay(pretrained, monkeypatch, task, peak, batch, epochs):
-    """Fine-tuning trains the head alone first, as the probe does, and then clips the gradients of everything."""
+def test_protocols_are_sgd_with_cosine_decay(pretrained, monkeypatch, task, peaks, batch, epochs):
+    """Fine-tuning trains the head alone first, as the probe does, and then everything, with clipping."""
     runs, cross_entropy_ = [], F.cross_entropy
 
     class Spy(torch.optim.SGD):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            runs.append([])
-
         def step(self):  # changes nothing
             (group,) = self.param_groups
             assert group["momentum"] == 0.9 and group["weight_decay"] == 0
             norm = torch.cat([w.grad.flatten() for w in group["params"]]).norm().item()
-            runs[-1].append((group["lr"], norm))
+            runs.append((group["lr"], norm < 1.001))
 
     monkeypatch.setattr(torch.optim, "SGD", Spy)
     monkeypatch.setattr(F, "cross_entropy", lambda logits, target: 1000 * cross_entropy_(logits, target))
     evaluation.main([pretrained, *task.split()])
     steps = epochs * (500 // batch)
-    peaks = [batch / 256, peak] if "finetune" in task else [peak]
-    for run, top in zip(runs, peaks, strict=True):
-        assert [lr for lr, _ in run] == pytest.approx(
-            [top * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps)]
-        )
-        assert all((norm < 1.001) == ("finetune" in task and run is runs[1]) for _, norm in run)
+    lrs = [peak * (1 + math.cos(math.pi * step / steps)) / 2 for peak in peaks for step in range(steps)]
+    assert [lr for lr, _ in runs] == pytest.approx(lrs)
+    assert [clipped for _, clipped in runs] == [False] * steps + [True] * steps * (len(peaks) - 1)
 
 
 def test_the_head_standardizes_features_by_the_training_sets_statistics():
@@ -1667,7 +1418,7 @@ def test_the_head_standardizes_features_by_the_training_sets_statistics():
 
 
 def test_crops_for_supervised_training_are_standardized_flipped_and_new_in_every_epoch():
-    args = args_of("--mean", .1, .2, .3, "--std", .5, .25, 2, "--image-size", 8, "--min-scale", 1)
+    args = args_of("--mean", 0.1, 0.2, 0.3, "--std", 0.5, 0.25, 2, "--image-size", 8, "--min-scale", 1)
     pixels = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8)
     images = train.Images(pixels, torch.arange(300) % 2, ["a", "b"], args)
     plain = v2.functional.normalize(pixels / 255, args.mean, args.std)
@@ -1677,46 +1428,19 @@ def test_crops_for_supervised_training_are_standardized_flipped_and_new_in_every
     assert 0.3 < flipped / (straight + flipped) < 0.7 and straight > 10
     args = args_of(write_folder(Path("photos")), *FOLDER, "--image-size", 80, "--epochs", 3)
     photos, _ = train.load_data(args)
-    a, b = evaluation.cropped_batches(photos, [(torch.arange(5), "0 0"), (torch.arange(5), "0 1")], args)
-    assert a.shape == (5, 3, 80, 80) and not torch.allclose(a, b)
     steps, targets = evaluation.plan(photos, 4, args)
     assert len(steps) == 9 and len({seed for _, seed in steps}) == 3
     assert all(torch.equal(photos.labels[i], target) for (i, _), target in zip(steps, targets, strict=True))
+    a, b = evaluation.cropped_batches(photos, [(torch.arange(4), seed) for seed in ("0 0", "0 1")], args)
+    assert a.shape == (4, 3, 80, 80) and not torch.allclose(a, b)
     assert [len(i) for i, _ in evaluation.plan(photos, 40, args)[0]] == [40] * 3  # few images are repeated
 
 
-def test_few_labels_are_that_many_of_each_class_and_others_with_another_seed(capsys):
-    args = args_of("--mean", 0, 0, 0, "--std", 1, 1, 1)
-    part = train.Images(torch.zeros(100, 3, 8, 8), torch.arange(5).repeat(20), "ant bee cat dog eel".split(), args)
-    chosen = evaluation.few_labels(part, 3, seed=0)
-    assert part.labels[chosen].bincount().tolist() == [3] * 5 and len(set(chosen.tolist())) == 15
-    assert chosen.tolist() != evaluation.few_labels(part, 3, seed=1).tolist()
-    with pytest.raises(SystemExit):
-        evaluation.few_labels(part, 21, seed=0)
-    assert "ant has only 20 images" in capsys.readouterr().err
-
-
-def test_untrained_is_the_same_network_initialized_from_the_seed(pretrained):
-    args, _ = evaluation.get_args([pretrained, "--untrained", "--seed", "1"])
-    torch.manual_seed(1)
-    expected = build_backbone("convnet", width=2)[0].state_dict()
-    assert same(evaluation.load_backbone(args).state_dict(), expected)
-
-
-def test_top1_counts_images_and_the_worst_classes_are_named(pretrained, monkeypatch, capsys):
-    images, test = data_of(pretrained)
-    test = test.subset(torch.cat([(test.labels < 3).nonzero()[:, 0], torch.arange(20)]))  # unequal classes
-    monkeypatch.setattr(evaluation, "load_data", lambda args: (images, test))
-    bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
-    correct = torch.tensor(vote(queries, bank, images.labels, k=50)) == test.labels
-    out, share = evaluate(capsys, pretrained, "knn")
-    assert share == pytest.approx(100 * correct.float().mean().item(), abs=0.01)
-    by_class = {
-        train.PATTERNS[c]: round(100 * correct[test.labels == c].float().mean().item(), 1)
-        for c in test.labels.unique()
-    }
-    shown = {name: float(x) for name, x in re.findall(r"(\w+) ([\d.]+)%", out.split("worst classes: ")[1])}
-    assert shown == by_class and [*shown.values()] == sorted(by_class.values())
+def test_few_labels_are_that_many_of_each_class_and_others_with_another_seed():
+    images, _ = train.load_data(args_of())
+    chosen = evaluation.few_labels(images, 3, seed=0)
+    assert images.labels[chosen].bincount().tolist() == [3] * 10 and len(set(chosen.tolist())) == 30
+    assert chosen.tolist() != evaluation.few_labels(images, 3, seed=1).tolist()
 
 
 def test_neighbors_png_shows_the_nearest_training_images_in_green_or_red(pretrained, capsys):
@@ -1725,14 +1449,11 @@ def test_neighbors_png_shows_the_nearest_training_images_in_green_or_red(pretrai
     bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
     picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
     assert picture.shape == (3, 10 * 106 + 2, 9 * 106 + 2)
-    place = {x.numpy().tobytes(): j for j, x in enumerate(images.source)}
     for row, i in enumerate(torch.linspace(0, 199, 10).long()):
+        nearest = F.cosine_similarity(queries[i][None], bank).topk(8).indices
         tiles = [picture[:, 106 * row + 2 :, 106 * column + 2 :][:, :104, :104] for column in range(9)]
-        shown = [tile[:, 4:-4:3, 4:-4:3].contiguous() for tile in tiles]
-        assert torch.equal(shown[0], test.source[i])
-        nearest = torch.tensor([place[x.numpy().tobytes()] for x in shown[1:]])
-        cosine = F.cosine_similarity(queries[i][None], bank)
-        torch.testing.assert_close(cosine[nearest], cosine.topk(8).values, rtol=0, atol=1e-5)
+        shown = torch.stack([tile[:, 4:-4:3, 4:-4:3] for tile in tiles])
+        assert torch.equal(shown, torch.cat([test.source[i][None], images.source[nearest]]))
         green = torch.tensor([bool(tile[1, 0, 0] > tile[0, 0, 0]) for tile in tiles[1:]])
         assert torch.equal(green, images.labels[nearest] == test.labels[i])
     before = Path("run/neighbors.png").read_bytes()
@@ -1778,39 +1499,43 @@ def test_a_saved_classifier_names_images_as_it_did_the_test_images(task, pretrai
     saved = torch.load("classifier.pt", weights_only=True)
     net, _ = build_backbone("convnet", width=2)
     net.load_state_dict(saved["model"])
-    x, head = by_hand(net, test)[:3], saved["head"]
-    if "0.running_mean" in head:
+    x, head = by_hand(net, test), saved["head"]
+    if "augment" not in task:
         x = (x - head["0.running_mean"]) / head["0.running_var"].add(1e-12).sqrt()
     expected = 100 * (x @ head["1.weight"].T + head["1.bias"]).softmax(dim=1).max(dim=1).values
-    assert [float(line[2][:-1]) for line in lines[:3]] == pytest.approx(expected.tolist(), abs=0.11)
+    assert [float(line[2][:-1]) for line in lines] == pytest.approx(expected.tolist(), abs=0.11)
 
 
 def test_a_saved_classifier_of_a_CIFAR_stem_ResNet_loads_and_a_class_without_images_keeps_its_name(capsys):
     pixels, labels = np.zeros((40, 12, 12), np.uint8), np.arange(40) % 2 * 2  # there is no image of class 1
     pixels[labels == 2] = 250
     np.savez("bright.npz", train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels)
-    flags = "--arch resnet18 --stem cifar --image-size 12 --dim 8 --hidden 8 --batch-size 20 --epochs 1 --amp off"
-    train.main(["bright.npz", *flags.split(), "--out", "run"])
+    flags = "--arch resnet18 --stem cifar --image-size 12 --dim 8 --hidden 8 --batch-size 20 --epochs 1"
+    train.main(["bright.npz", *flags.split(), "--amp", "off", "--out", "run"])
     assert evaluate(capsys, "run", "linear", "--epochs", 20, "--save", "classifier.pt")[1] == 100
     Image.new("L", (12, 12), 250).save("bright.png")
     assert evaluate(capsys, "classifier.pt", "predict", "bright.png")[0].startswith("bright.png\t2\t")
 
 
-def test_the_authors_files_are_read_and_a_backbone_is_plain_torchvision(capsys):
-    """Theirs has module.encoder.*, the projector as encoder.fc.0 to fc.7, module.predictor.*."""
-    backbone, dim = build_backbone("resnet18")
-    state = {}
-    for name, value in SimSiam(backbone, dim, dim=32, hidden=dim).state_dict().items():
-        state["module." + name.replace("backbone.", "encoder.").replace("projector.", "encoder.fc.")] = value
-    torch.save(dict(epoch=100, arch="resnet18", state_dict=state, optimizer={}), "authors.pt")
+def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys):
+    """The authors' have module.encoder.*, the projector as encoder.fc.0 to fc.7, and module.predictor.*."""
+    net = torchvision.models.resnet18()
+    expected = {name: x for name, x in net.state_dict().items() if not name.startswith("fc.")}
+    theirs = {f"module.encoder.{name}": x for name, x in expected.items()}
+    theirs |= {"module.encoder.fc.0.weight": torch.zeros(3, 3), "module.predictor.0.weight": torch.zeros(3)}
+    torch.save(net.state_dict(), "torchvision.pt")
+    torch.save(dict(epoch=100, arch="resnet18", state_dict=theirs, optimizer={}), "authors.pt")
     write_folder(Path("photos"))
-    flags = ["--data", "photos", "--image-size", "64", "--workers", "0"]
-    args, _ = evaluation.get_args(["authors.pt", "knn", *flags])
-    assert args.arch == "resnet18" and args.std == [0.229, 0.224, 0.225]
-    assert same(evaluation.load_backbone(args).state_dict(), backbone.state_dict())
-    assert evaluate(capsys, "authors.pt", "knn", *flags)[1] > 0
-    missing, unexpected = torchvision.models.resnet18().load_state_dict(backbone.state_dict(), strict=False)
-    assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
+    for file, arch in (("authors.pt", []), ("torchvision.pt", ["--arch", "resnet18"])):
+        flags = ["--data", "photos", "--image-size", "64", "--workers", "0", *arch]
+        args, _ = evaluation.get_args([file, "knn", *flags])
+        assert args.arch == "resnet18" and args.std == [0.229, 0.224, 0.225]
+        assert same(evaluation.load_backbone(args).state_dict(), expected)
+        assert evaluate(capsys, file, "knn", *flags)[1] > 0
+        assert f"{file} does not fit --arch" in fails([*TINY, "--init", file, "--out", f"not {file}"], capsys)
+    flags = [*FOLDER, *"--arch resnet18 --base-lr 0 --init authors.pt --out run".split()]
+    train.main(["photos", *flags])
+    assert torch.equal(checkpoint_of("run")["backbone"]["conv1.weight"], expected["conv1.weight"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1820,7 +1545,6 @@ def test_the_authors_files_are_read_and_a_backbone_is_plain_torchvision(capsys):
 @pytest.mark.parametrize("words, told", [
     ("--epochs 0", "argument --epochs: invalid int, 1 or more, value: '0'"),
     ("--base-lr nan", "invalid float, 0 or more,"),
-    ("--unknown", "--unknown"),
     ("--batch-size 600", "larger than textures, which has 500 images"),
     ("--warmup-epochs 20", "must be below --epochs"),
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
@@ -1828,20 +1552,21 @@ def test_the_authors_files_are_read_and_a_backbone_is_plain_torchvision(capsys):
     ("--out used", "used exists: continue it with --resume used"),
     ("nowhere", "is neither a data set (textures, cifar10, cifar100) nor a folder"),
     ("empty", "Couldn't find any class folder in"),
+    ("broken", "no readable image was found"),
     ("--init nowhere.pt", "nowhere.pt cannot be read as a checkpoint (FileNotFoundError"),
     ("eval nosuch.pt", "nosuch.pt cannot be read as a checkpoint"),
     ("eval pixels", "pixels does not name its data set: add --data"),
-    ("eval run probe", "invalid choice: 'probe'"),
-    ("eval run --labels-per-class 99", "has only"),
+    ("eval run --labels-per-class 51", "stripes has only 50 images"),
     ("eval run linear --save taken.pt", "--save taken.pt exists"),
     ("eval run knn --save new.pt", "--save keeps a network with its classifier"),
-    ("eval pixels linear --data textures --save new.pt", "--save keeps a network with its classifier"),
     ("eval run predict", "predict needs image files"),
     ("eval run predict a.png", "is not a classifier: create one with linear --save"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_that_names_it(words, told, pretrained, capsys):
     Path("used").mkdir()
     Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/1.png").write_text("no image")
     Path("taken.pt").write_text("mine")
     main = evaluation.main if words.startswith("eval ") else train.main
     assert told in fails(words.removeprefix("eval ").split(), capsys, main)
@@ -1850,18 +1575,16 @@ def test_a_mistake_is_one_line_that_names_it(words, told, pretrained, capsys):
 
 def test_processes_must_share_a_batch_equally(monkeypatch, capsys):
     monkeypatch.setattr(train, "rank_and_world_size", lambda: (0, 3))
-    for flags, told in (
-        (["--batch-size", 500], "--batch-size 500: use a multiple of 3"),
-        (["--batch-size", 300, "--eta-momentum", 0.8], "works in one process"),
-    ):
-        assert told in fails(flags, capsys, lambda argv: train.get_args(argv))
+    assert "500: use a multiple of 3" in fails(["--batch-size", 500], capsys, train.get_args)
+    assert "one process" in fails(["--batch-size", 300, "--eta-momentum", 0.8], capsys, train.get_args)
 
 
-def test_a_batch_that_does_not_fit_into_shared_memory_is_refused_before_workers_wait_for_it(capsys, monkeypatch):
+def test_a_batch_too_large_for_shared_memory_is_refused_before_workers_wait_for_it(capsys, monkeypatch):
     """Containers have 64 MB of /dev/shm by default."""
-    train.main([str(write_folder(Path("photos"), per_class=20)), *FOLDER, "--image-size", "96", "--out", "run"])
+    root = str(write_folder(Path("photos"), per_class=20))
+    flags = [root, *FOLDER, "--image-size", "96", "--batch-size", "20"]
+    train.main([*flags, "--out", "run"])
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4 * 2**20))
-    flags = ["photos", *FOLDER, "--image-size", "96", "--batch-size", "20", "--out", "other"]
     needed = round(2 * 2 * (40 + 2 * 20) * 3 * 96 * 96 / 2**20)  # 2 workers, 2 batches each
     line = fails([*flags, "--workers", "2"], capsys)
     assert f"/dev/shm is too small for {needed} MB" in line and "--workers 0" in line
@@ -1896,16 +1619,15 @@ def test_a_folder_with_the_name_of_a_data_set_and_a_slow_choice_are_noted(capsys
 
 
 def test_readme_names_no_flag_that_the_scripts_do_not_have():
-    known = ""
-    for own_flags in (train.add_training_flags, evaluation.add_flags):
-        known += train.build_parser("", own_flags).format_help()
-    torchrun = ("--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv", "--index-url")
+    parsers = [train.build_parser("", own) for own in (train.add_training_flags, evaluation.add_flags)]
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
-    assert {flag for flag in named if not flag.startswith(torchrun)} <= set(re.findall(r"--[a-z][a-z-]+", known))
+    torchrun = ("--nproc", "--nnodes", "--standalone", "--max-restarts", "--rdzv", "--index-url")
+    assert not {flag for flag in named - known if not flag.startswith(torchrun)}
 
 
 def test_readme_loads_a_backbone_as_written(pretrained):
-    code = re.search("```python\n(import torch, simsiam.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    code = re.search("```python\n(import torch, simsiam.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     names = dict(x=torch.rand(16, 3, 32, 32))
     exec(code.replace("runs/textures", "run"), names)
     assert names["features"].shape == (16, names["feature_dim"])
