@@ -8,8 +8,7 @@
     python train.py --resume runs/textures          # continue an interrupted run
 
 Reading order: recipes, one training step, the loop, monitoring, two variants from Sec. 5.2, data, command
-line, plumbing. The first third is the method; the rest is what every training script needs. Functions of
-later sections are named for what they do, so the first third can be read without looking them up.
+line, plumbing. The first third is the method; the rest is what every training script needs.
 
 Three names appear everywhere. `args`: the flags; --help explains each, and a recipe gives the defaults.
 `images`: the training set, of class Images from the section "Data". `rank`: the number of this process,
@@ -255,10 +254,10 @@ def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] 
     if checkpoint:
         trainer.load_state_dict(checkpoint)
     else:
-        if trainer.rank == 0:
-            os.makedirs(args.out, exist_ok=bool(args.resume))  # an error if another run made it meanwhile
         if args.init:
             load_backbone_weights(trainer.model.backbone, args.init)
+        if trainer.rank == 0:
+            os.makedirs(args.out, exist_ok=bool(args.resume))  # an error if another run made it meanwhile
     if args.tensorboard and trainer.rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # needs: pip install tensorboard
 
@@ -835,10 +834,7 @@ def number(kind: type, minimum: float) -> Callable[[str], float]:
 
 
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, and the checkpoint to resume from or None. Flags override it; it overrides the recipe.
-
-    Exits if the flags are wrong, or differ from those of the run to resume.
-    """
+    """The flags, and the checkpoint to resume from or None. Flags override it; it overrides the recipe."""
     about = "Pretrain SimSiam. Defaults not shown here come from the recipe: see the top of train.py."
     parser = build_parser(about, add_training_flags)
     # Parsed twice: first to find the checkpoint and the recipe, then with their values as defaults.

@@ -1,12 +1,9 @@
-"""How fast is a step, and what takes its time? Beside it the usual way: PIL and DataLoader, float32.
+"""How fast is a training step, and what takes its time?
 
-    python .github/speed.py 40                                       # 40 steps of the `textures` recipe
-    python .github/speed.py 4 --arch resnet18 --dim 2048 --hidden 2048 --batch-size 128
-    python .github/speed.py 40 --usual 0 2                            # the usual way, with 0 and 2 workers
-    python .github/speed.py 40 --alone eager default reduce-overhead  # the model's step alone: eager,
-                                                                      # compiled, and with CUDA graphs
+    python .github/speed.py 40                        # 40 steps of the recipe textures
+    python .github/speed.py 40 --baseline 0 2         # the same with PIL transforms and 0 or 2 workers
 
-Other words are flags of train.py. A speed is a ratio: run the two in turns on one machine.
+All other words are flags of train.py. A speed is a ratio: run two in turns on one machine.
 """
 
 import argparse
@@ -14,24 +11,23 @@ import collections
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from simsiam import simsiam_loss, spread  # noqa: E402
 
-WARM = 3  # steps that are not counted
-
 
 class TwoViews(Dataset):
-    def __init__(self, images: train.Images) -> None:
-        self.images = [transforms.functional.to_pil_image(x.cpu()) for x in images.source]
+    """The baseline: each image is augmented by torchvision's PIL transforms, one at a time."""
+
+    def __init__(self, images: train.Images):
+        self.images = [transforms.functional.to_pil_image(x) for x in images.source]
         self.augment = transforms.Compose([
             transforms.RandomResizedCrop(images.view_size, scale=(0.2, 1.0)),
             transforms.RandomHorizontalFlip(),
@@ -48,94 +44,57 @@ class TwoViews(Dataset):
         return self.augment(self.images[i]), self.augment(self.images[i])
 
 
-def usual(trainer: train.Trainer, steps: int, workers: int) -> None:
-    batch = trainer.args.batch_size
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a GPU's work runs behind Python's back
+
+
+def images_per_second(step: Callable[[], None], trainer: train.Trainer, steps: int) -> str:
+    for _ in range(12):  # not timed, because workers are some batches ahead
+        step()
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronize()
+    return f"{steps * trainer.args.batch_size / (time.perf_counter() - began):.1f} images/s"
+
+
+def measure_baseline(trainer: train.Trainer, steps: int, workers: int) -> str:
+    args = trainer.args
     loader = DataLoader(
-        TwoViews(trainer.images), batch, shuffle=True, drop_last=True,
+        TwoViews(trainer.images), args.batch_size, shuffle=True, drop_last=True,
         num_workers=workers, persistent_workers=workers > 0,
     )  # fmt: skip
-    warm = WARM + 2 * workers  # what the workers have made ahead does not count
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
-    model = train.build_model(trainer.args).to(trainer.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4)
-    for step, (x1, x2) in enumerate(itertools.islice(batches, warm + steps)):
-        if step == warm:
-            wait_for_gpu()
-            began = time.perf_counter()
-        loss = simsiam_loss(*model(x1.to(trainer.device), x2.to(trainer.device)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    wait_for_gpu()
-    print(f"the usual way, {workers} workers: {batch * steps / (time.perf_counter() - began):.1f} images/s")
-
-
-def alone(trainer: train.Trainer, steps: int, mode: str) -> None:
-    """Forward, backward and optimizer on views that are there already: what no data path can be
-    faster than."""
-    args = trainer.args
-    shape = (args.batch_size, 3, trainer.images.view_size, trainer.images.view_size)
-    x1 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
-    x2 = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
-    model = trainer.model if mode == "eager" else torch.compile(trainer.model, mode=mode)
 
     def step() -> None:
-        with torch.autocast(args.device, trainer.amp, enabled=trainer.amp is not None):
-            outputs = model(x1, x2)
+        x1, x2 = next(batches)
+        loss = simsiam_loss(*trainer.model(x1.to(trainer.device), x2.to(trainer.device)))
         trainer.optimizer.zero_grad()
-        simsiam_loss(*outputs).backward()
+        loss.backward()
         trainer.optimizer.step()
 
-    with FlopCounterMode(display=False) as counter:
-        simsiam_loss(*trainer.model(x1[:4], x2[:4])).backward()
-    work = counter.get_total_flops() / 4 * args.batch_size
-    seconds = timed(step, steps)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions
-    size = (4096 if args.device == "cuda" else 1024, 4096)
-    a = torch.randn(size, device=args.device, dtype=trainer.amp or torch.float32)
-    product = 2 * a.shape[0] ** 2 * a.shape[1] / timed(lambda: a @ a.T, 20)
-    share = work / seconds / product
-    rate = args.batch_size / seconds
-    print(f"alone, {mode}: {rate:.1f} images/s, {share:.0%} of a product's {product / 1e12:.2f} TFLOP/s")
+    return images_per_second(step, trainer, steps)
 
 
-def timed(call: Callable[[], object], count: int, warm: int = WARM) -> float:
-    """Seconds a call."""
-    for _ in range(warm):
-        call()
-    wait_for_gpu()
-    began = time.perf_counter()
-    for _ in range(count):
-        call()
-    wait_for_gpu()
-    return (time.perf_counter() - began) / count
-
-
-def wait_for_gpu() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def parts(trainer: train.Trainer, steps: int) -> None:
-    """The same calls as in Trainer.update, one after the other, each with its time."""
-    args = trainer.args
+def measure_parts(trainer: train.Trainer, batches: Iterator, steps: int) -> str:
+    """The calls of Trainer.update one by one, each with its share of the time."""
     spent: collections.Counter[str] = collections.Counter()
     last = time.perf_counter()
 
     def mark(part: str) -> None:
         nonlocal last
-        wait_for_gpu()  # kernels run behind Python's back
+        synchronize()
         now = time.perf_counter()
         spent[part] += now - last
         last = now
 
-    for step, (batch, _) in enumerate(itertools.islice(trainer.batches(), WARM + steps)):
-        if step == WARM:
-            spent.clear()
+    for batch, _ in itertools.islice(batches, steps):
         mark("loading")
-        size = trainer.images.view_size
-        views = train.two_views(batch.to(trainer.device), size, args.crop_min, args.blur)
-        x1, x2 = (train.normalize(x, args.mean, args.std) for x in views)
+        x1, x2 = train.two_views(batch.to(trainer.device), trainer.images.view_size, trainer.args)
+        x1 = train.normalize(x1, trainer.images)
+        x2 = train.normalize(x2, trainer.images)
         mark("views")
         with torch.autocast(trainer.device.type, trainer.amp, enabled=trainer.amp is not None):
             p1, p2, z1, z2 = trainer.model(x1, x2)
@@ -148,39 +107,25 @@ def parts(trainer: train.Trainer, steps: int) -> None:
         mark("optimizer")
         trainer.sums += torch.stack([loss.detach(), spread(z1)])
         mark("spread")
-    whole = spent.total()
-    print("  ".join(f"{part} {seconds / whole:.1%}" for part, seconds in spent.items()))
+    return "  ".join(f"{part} {seconds / spent.total():.1%}" for part, seconds in spent.items())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("steps", type=int)
-    parser.add_argument("--usual", type=int, nargs="+", default=[], metavar="WORKERS")
-    parser.add_argument("--alone", nargs="+", default=[], metavar="MODE")
+    parser.add_argument("--baseline", type=int, nargs="+", metavar="WORKERS")
     own, flags = parser.parse_known_args()
     args, _ = train.get_args([*flags, "--epochs", "1000000"])
     images, _ = train.load_data(args)
     args.mean, args.std = images.mean, images.std
-    trainer = train.Trainer(args, images, torch.device(args.device))
-    images.move_to(trainer.device)
-    trainer.model.train()
-    for workers in own.usual:
-        usual(trainer, own.steps, workers)
-    for mode in own.alone:
-        alone(trainer, own.steps, mode)
-    if own.usual or own.alone:
-        return
-    batches = trainer.batches()
-    ahead = 0 if images.in_memory else 2 * args.workers  # batches that the workers have made
-    seconds = timed(lambda: trainer.update(*next(batches)), own.steps, WARM + ahead)
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if args.device == "cuda" else ""
-    dtype = trainer.amp or torch.float32
-    what = f"{Path(args.data).name}, {args.arch}, batch {args.batch_size}, {dtype}"
-    print(f"{what}: {args.batch_size / seconds:.1f} images/s{memory}")
-    trainer.step = 0
-    parts(trainer, own.steps)
+    trainer = train.Trainer(args, images)
+    requests = train.schedule(len(images), args.batch_size, args.seed, range(10**6), args.pairs)
+    batches = iter(train.make_loader(images, requests, args.workers))
+    for workers in own.baseline or []:
+        print(f"PIL transforms, {workers} workers: {measure_baseline(trainer, own.steps, workers)}")
+    speed = images_per_second(lambda: trainer.update(*next(batches)), trainer, own.steps)
+    print(f"{args.arch}, batch {args.batch_size}, {trainer.amp or torch.float32}: {speed}")
+    print(measure_parts(trainer, batches, own.steps))
 
 
 if __name__ == "__main__":
