@@ -110,7 +110,7 @@ def new_head(bank: Tensor, classes: int, seed: int) -> nn.Sequential:
     standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()
     variance, mean = torch.var_mean(bank, dim=0, correction=0)
     standardize.running_mean = mean.cpu()
-    # Bounded by a hundredth of the mean variance, because constant features have none.
+    # Clamped at a hundredth of the mean variance, because constant features have zero variance.
     standardize.running_var = variance.clamp_min(variance.mean() / 100).cpu()
     torch.manual_seed(seed)
     linear = nn.Linear(bank.shape[1], classes)
@@ -142,7 +142,7 @@ def linear_probe(backbone: nn.Module, train: Images, bank: Tensor, args: argpars
 def finetune(
     backbone: nn.Module, train: Images, bank: Tensor, test: Images, args: argparse.Namespace
 ) -> nn.Module:
-    """Trains the backbone, which changes, and a linear classifier on top of it, which is returned."""
+    """Trains the backbone in place and a linear classifier on top of it. Returns the classifier."""
     batch = args.batch_size or 64
     base_lr = 0.1 if args.base_lr is None else args.base_lr
     steps, targets = plan(train, batch, args)
@@ -181,7 +181,7 @@ def evaluate(args: argparse.Namespace) -> None:
     options = dict(device=args.device, workers=args.workers)
     if test is None or train.labels is None or test.labels is None:
         if not args.features or args.task:
-            fail(f"{args.data} has no labeled test images: use --holdout, or only write --features FILE")
+            fail(f"{args.data} has no labeled test images: use --holdout, or without labels --features FILE")
         torch.save(dict(train=extract_features(backbone, train, **options).cpu()), args.features)
         return
     if args.labels_per_class:
@@ -235,12 +235,13 @@ def save_neighbors(path: Path, train: Images, test: Images, bank: Tensor, featur
             tiles.append(framed(image, "green" if label == test.labels[i] else "red"))
     try:
         save_image(torch.stack(tiles), path, nrow=nearest.shape[1] + 1, pad_value=1)
+        print(f"wrote {path}")
     except OSError as error:  # the run may be somebody else's, and the numbers matter more
         print(f"{path} cannot be written ({error})")
 
 
 def framed(image: Tensor, color: str) -> Tensor:
-    """uint8 (3, S, S) to float (3, 104, 104) in [0, 1], with a frame of that color."""
+    """Maps uint8 (3, S, S) to float (3, 104, 104) in [0, 1], with a frame of that color."""
     rgb = torch.tensor(dict(white=(1.0, 1.0, 1.0), green=(0.2, 0.6, 0.3), red=(0.7, 0.1, 0.1))[color])
     tile = rgb.view(3, 1, 1).expand(3, 104, 104).clone()
     tile[:, 4:-4, 4:-4] = F.interpolate(image[None] / 255, 96, mode="nearest")[0]
@@ -253,10 +254,10 @@ def framed(image: Tensor, color: str) -> Tensor:
 
 def save_classifier(args: argparse.Namespace, backbone: nn.Module, head: nn.Module, train: Images) -> None:
     """Saves everything that `predict` needs."""
-    kept = {name: getattr(args, name) for name in ("arch", "stem", "width", "image_size", "data")}
+    kept = {name: getattr(args, name) for name in ("arch", "stem", "width", "image_size", "data", "holdout")}
     content = dict(
         args=kept | dict(mean=train.mean, std=train.std), classes=train.classes,
-        model=backbone.state_dict(), head=head.state_dict(),
+        backbone=backbone.state_dict(), head=head.state_dict(),
     )  # fmt: skip
     torch.save(content, args.save)
     print(f"wrote {args.save}; next: python eval.py {args.save} predict IMAGE ...")
@@ -273,9 +274,9 @@ def predict(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
         head[0] = nn.Identity()  # trained with --augment
     head.load_state_dict(checkpoint["head"])
     model = nn.Sequential(load_backbone(args), head.to(args.device))
-    _, good = read_files(args.images, size=1)  # to find the unreadable ones
+    source, good = read_files(args.images, args.image_size)
     paths = [path for path, is_good in zip(args.images, good) if is_good]
-    images = Images(paths, None, classes, args)
+    images = Images(source, None, classes, args)
     check_shared_memory(images, 0, args.workers)
     probabilities = extract_features(model, images, args.device, workers=args.workers).softmax(dim=1)
     for path, row in zip(paths, probabilities):
@@ -295,7 +296,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     tasks = ["knn", "linear", "finetune", "predict"]
     flag("task", nargs="?", choices=tasks, help="default: knn, then linear")
     flag("images", nargs="*", metavar="IMAGE", help="for predict: image files")
-    flag("--data", type=full_name, help="as in train.py (default: what the run was trained on)")
+    flag("--data", type=full_name, help="as in train.py (default: the run's)")
     flag("--untrained", action="store_true", help="the same network, randomly initialized from --seed")
     flag("--labels-per-class", type=number(int, 1), metavar="N", help="use only N labels of each class")
     flag("--save", metavar="FILE", help="write the classifier of linear or finetune, for predict")
@@ -303,9 +304,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("protocols").add_argument
     flag("--k", type=number(int, 1), metavar="N", help="neighbors that vote (default: 200, or less)")
-    flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="of the vote (0.2)")
+    flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="of kNN (default: 0.2)")
     flag("--augment", action="store_true", help="linear probe with random crops and SGD, lr 30 (App. A)")
-    flag("--epochs", type=number(int, 1), default=90, metavar="N", help="of linear and finetune (90)")
+    flag("--epochs", type=number(int, 1), default=90, metavar="N", help="of training (default: 90)")
     flag("--batch-size", type=number(int, 2), metavar="N", help="default: 256 for linear, 64 for finetune")
     flag("--base-lr", type=number(float, 0), metavar="X", help="for 256 images (linear 1, finetune 0.1)")
     flag("--min-scale", type=number(float, 0.01), metavar="X", help="smallest crop (default: the run's)")
@@ -314,10 +315,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments, with defaults from the checkpoint; and the checkpoint's content."""
     parser = build_parser("Evaluate features by kNN, linear probe or fine-tuning.", add_flags)
-    # Parsed twice: first to find the checkpoint, then with its values as defaults.
     args = parser.parse_intermixed_args(argv)
     checkpoint = {} if args.checkpoint == "pixels" else read_checkpoint(args.checkpoint)
-    saved = checkpoint.get("args", {name: x for name, x in checkpoint.items() if name == "arch"})
+    saved = checkpoint.get("args", {"arch": checkpoint["arch"]} if "arch" in checkpoint else {})
     data = args.data or saved.get("data")
     if not data:
         fail(f"{args.checkpoint} does not name its data set: add --data")
@@ -327,8 +327,9 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
     defaults = {name: usual[name] for name in FROM_CHECKPOINT if name in usual}
     parser.set_defaults(**defaults, data=data, view_scale=1.0)  # crops here have the size of an image
     args = parser.parse_intermixed_args(argv)
-    if args.save and os.path.exists(args.save):
-        fail(f"--save {args.save} exists: choose a new file")
+    for file in (args.save, args.features):
+        if file and (os.path.exists(file) or not Path(file).absolute().parent.is_dir()):
+            fail(f"{file} exists, or its folder does not: choose a new file in an existing folder")
     if args.save and (args.checkpoint == "pixels" or args.task == "knn"):
         fail("--save keeps a network with its classifier: use it with a checkpoint, for linear or finetune")
     if (args.task == "predict") != bool(args.images):
@@ -337,7 +338,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole command: for the shell, a notebook or a test."""
+    """Runs the command. From a notebook or a test, pass the arguments as a list."""
     args, checkpoint = get_args(argv)
     if args.task == "predict":
         predict(args, checkpoint)

@@ -20,9 +20,9 @@ Algorithm 1 of the paper:
         L = D(p1, z2) / 2 + D(p2, z1) / 2        D: negative cosine similarity, z held constant
         L.backward(); update f and h
 
-Symbols:  x  a view, (N, 3, H, W)        f  encoder: backbone, then projector
-          z  projection f(x), (N, d)     h  predictor
-          p  prediction h(z), (N, d)     d  output dimension, 2048
+Symbols:  x1, x2  two views, (N, 3, H, W)    f  encoder: backbone, then projector
+          z1, z2  projections f(x), (N, d)   h  predictor
+          p1, p2  predictions h(z), (N, d)   d  output dimension, 2048
 After training, keep only the backbone. Projector and predictor are discarded.
 
 Usage. This example runs as it is, on random images:
@@ -81,8 +81,8 @@ def unit(x: Tensor) -> Tensor:
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Eq. 1: the negative cosine of p and z, both (N, d), averaged over N. A scalar in [-1, 1]."""
-    # A similarity that is minimized, hence the sign: the minimum is -1, so a negative loss is normal. For
-    # unit vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
+    # The sign makes a loss of the similarity. Its minimum is -1, so a negative loss is normal. For unit
+    # vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
     return -(unit(p) * unit(z)).sum(dim=-1).mean()
 
 
@@ -99,11 +99,11 @@ def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
 def D(
     p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine
 ) -> Tensor:
-    """Distance of the predictions p from the targets z, (N, d) each. A scalar; z is constant (Eq. 3)."""
+    """Loss of the predictions p for the targets z, (N, d) each, with z held constant (Eq. 3). A scalar."""
     # The detach below is the core of the paper. z is the target and is treated as a constant, so the
-    # encoder gets its gradient through p only. Without the detach both sides move towards each other, and
-    # the quickest way for them to agree is to map every image to the same vector: the loss soon reaches -1,
-    # and the features are worthless. ImageNet top-1 is 67.7 % with it and 0.1 % without it (Fig. 2).
+    # encoder gets its gradient through p only. Without the detach, the gradient also pulls z towards p, and
+    # the quickest way to a low loss is to map every image to the same vector. The loss soon reaches -1, and
+    # the features are worthless. ImageNet top-1 is 67.7 % with the detach and 0.1 % without it (Fig. 2).
     #
     # The predictor is needed as well. Without it, both terms of the symmetrized loss are D(z1, z2) with one
     # side held constant. Together they have exactly half the gradient of D(z1, z2) without any detach, and
@@ -169,7 +169,7 @@ def small_resnet(width: int) -> nn.Sequential:
 
 
 def conv_bn_relu(channels: int, out: int, kernel_size: int, stride: int) -> list[nn.Module]:
-    """(N, channels, H, W) to (N, out, H / stride, W / stride)."""
+    """Three layers that map (N, channels, H, W) to (N, out, H / stride, W / stride)."""
     conv = nn.Conv2d(channels, out, kernel_size, stride, padding=kernel_size // 2, bias=False)
     return [conv, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
 
@@ -179,8 +179,8 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
 
     arch: "convnet", "small-resnet" (both with the given width), or any ResNet in torchvision.
     stem: first layers of a ResNet: "imagenet" for about 224 pixels, "cifar" for about 32.
-    The ResNets keep torchvision's parameter names, so their state_dict fits torchvision's model, except for
-    the missing `fc`. Raises ValueError for an unknown arch or stem.
+    With the stem "imagenet", the state_dict of a ResNet fits torchvision's model, except for the missing
+    `fc`. Raises ValueError for an unknown arch or stem.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
@@ -293,7 +293,8 @@ class SimSiam(nn.Module):
 def augment(x: Tensor, size: int, min_scale: float = 0.2, blur_probability: float = 0.5) -> Tensor:
     """One random view of each image, (N, 3, size, size) in [0, 1]. Call it twice for two views.
 
-    size: side in pixels, 7 or more. min_scale: area of the smallest crop, as a fraction of the image's.
+    size: side in pixels, 7 or more if there is blur.
+    min_scale: area of the smallest crop, as a fraction of the image's.
     blur_probability: 0.5 is from the authors' code, not from the paper; CIFAR-10 has 0 (App. D).
     """
     return recolor(crop_and_flip(x, size, min_scale), blur_probability)
@@ -336,7 +337,7 @@ def crop_and_flip(x: Tensor, size: int, min_scale: float) -> Tensor:
     columns = resize_matrix(left, crop_width, width, size)  # (N, size, W)
     flipped = torch.rand(n, device=x.device) < 0.5
     columns = torch.where(flipped.view(-1, 1, 1), columns.flip(1), columns)
-    # rows @ image @ columns.T for every channel of every image.
+    # rows @ image @ columns.T for every channel of every image; the first product is one for all channels.
     x = (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, size)
     return rows.unsqueeze(1) @ x
 
@@ -377,7 +378,7 @@ def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) ->
 
 
 def to_gray(x: Tensor) -> Tensor:
-    """(N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
+    """Maps (N, 3, H, W) to (N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 

@@ -1,8 +1,8 @@
-"""What this project claims, one test per claim. Run: python -m pytest -q (two minutes on two CPU cores).
+"""The claims of this project, one test per claim. Run: python -m pytest -q (two minutes on two CPU cores).
 
 First the two claims that SimSiam stands on: the stop-gradient, and the collapse without it. Then the method,
 in the order of simsiam.py, and the scripts: a training step, data, a run, resuming it, evaluation, mistakes.
-Every expected value comes from elsewhere than the code: the equation written out, finite differences,
+Every expected value is computed independently: from the equation written out, finite differences,
 torchvision's own operations, a loop, or the paper's tables.
 """
 
@@ -491,7 +491,7 @@ def test_the_two_views_are_cropped_and_flipped_independently():
     for min_scale in (0.9, 0.2):
         views = torch.stack(train.two_views(image, 32, types.SimpleNamespace(blur=0.0, min_scale=min_scale)))
         x = views[:, :, 0]
-        middle = (x.amax(dim=(2, 3)) + x.amin(dim=(2, 3)))[..., None, None] / 2  # whatever the brightness
+        middle = (x.amax(dim=(2, 3)) + x.amin(dim=(2, 3)))[..., None, None] / 2  # at any brightness
         white = (x > middle).float()
         share, right = white.mean(dim=(2, 3)), white[..., -1].mean(dim=2) > white[..., 0].mean(dim=2)
         assert ((share > 0) & (share < 0.15)).any() == (min_scale == 0.2)  # the smallest crop
@@ -618,7 +618,7 @@ def test_flags_of_the_network_reach_it(flags, expected):
     assert str(net) == str(build_backbone("resnet18", "cifar")[0])
 
 
-def test_learning_rate_is_a_linear_warmup_and_then_half_a_cosine():
+def test_learning_rate_is_a_linear_warmup_and_then_a_cosine_decay():
     for warmup in (0, 10):
         lrs = [train.learning_rate(step, 100, 2.0, warmup) for step in range(100)]
         rest = [1 + math.cos(math.pi * step / (100 - warmup)) for step in range(100 - warmup)]
@@ -684,7 +684,7 @@ def test_alternate_keeps_the_targets_of_the_weights_before_k_steps():
     assert t.sums[0].item() - loss_before == pytest.approx(equation_4(p1, p2, z1, z2).item(), abs=1e-5)
     before = copy.deepcopy(dict(t.model.named_parameters()))
     t.update(*steps[2])  # the first of the next two
-    assert same(before, dict(t.targets.model.named_parameters()))
+    assert same(before, dict(t.targets.old.named_parameters()))
 
 
 def test_eta_is_the_moving_average_of_an_images_projections():
@@ -1081,7 +1081,7 @@ def test_a_resumed_run_keeps_its_flags_and_says_both_values(capsys):
     before = checkpoint_of("run")["model"]
     train.main(["--resume", "run"])  # it is finished, and nothing changes
     assert same(before, checkpoint_of("run")["model"])
-    assert "name DATA as well" in fails(["--resume", "typo"], capsys) and not Path("typo").exists()
+    assert "add DATA to start one" in fails(["--resume", "typo"], capsys) and not Path("typo").exists()
 
 
 def test_a_run_has_a_new_folder_and_resume_never_takes_another(pretrained, capsys):
@@ -1158,7 +1158,7 @@ def test_under_amp_the_network_computes_in_that_dtype_and_the_weights_stay_float
 
 
 def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
-    """Without a GPU: the CPU plays its part."""
+    """On a CPU, with stand-ins for the GPU."""
     args = args_of(*TINY)
     images, _ = train.load_data(args)
     zeros, to = torch.zeros, nn.Module.to
@@ -1175,7 +1175,7 @@ def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
 
 
 def test_each_process_has_its_own_gpu_and_gloo_beside_nccl(monkeypatch):
-    """Without a GPU, by stand-ins."""
+    """On a CPU, with stand-ins for the GPU."""
     for name, value in dict(WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="3").items():
         monkeypatch.setenv(name, value)
     called = []
@@ -1327,7 +1327,7 @@ def test_protocols_learn_from_the_training_set_only_and_judge_each_image_alone(t
             if part:
                 return images, test.subset(torch.arange(200)[part])
             images.labels %= 5
-            test.labels = 5 + test.labels % 5  # who has not seen them does not predict them
+            test.labels = 5 + test.labels % 5  # classes that have no training images
             return images, test
 
         monkeypatch.setattr(evaluation, "load_data", load_part)
@@ -1451,7 +1451,7 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
     flags = "finetune --epochs 2 --features tuned.pt --save classifier.pt"
     evaluation.main([pretrained, *flags.split()])
     tuned, _ = build_backbone("convnet", width=2)
-    tuned.load_state_dict(torch.load("classifier.pt", weights_only=True)["model"])
+    tuned.load_state_dict(torch.load("classifier.pt", weights_only=True)["backbone"])
     for file, net in (("frozen.pt", backbone_of(pretrained)), ("tuned.pt", tuned)):
         written = torch.load(file, weights_only=True)
         for name, part in zip(("train", "test"), data_of(pretrained)):
@@ -1478,7 +1478,7 @@ def test_a_saved_classifier_names_images_as_it_did_the_test_images(task, pretrai
     assert sum(train.PATTERNS[label] == line[1] for label, line in zip(test.labels, lines)) / 2 == share
     saved = torch.load("classifier.pt", weights_only=True)
     net, _ = build_backbone("convnet", width=2)
-    net.load_state_dict(saved["model"])
+    net.load_state_dict(saved["backbone"])
     x, head = by_hand(net, test), saved["head"]
     if "augment" not in task:
         x = (x - head["0.running_mean"]) / head["0.running_var"].add(1e-12).sqrt()
@@ -1524,7 +1524,7 @@ def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys
 
 @pytest.mark.parametrize("words, told", [
     ("--epochs 0", "argument --epochs: invalid int, 1 or more, value: '0'"),
-    ("--batch-size 600", "larger than textures, which has 500 images"),
+    ("--batch-size 600", "textures has only 500 images: use a --batch-size below 600"),
     ("--warmup-epochs 20", "must be below --epochs"),
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
     ("--eta-momentum 0.8 --pairs 2", "without --alternate, --pairs"),
@@ -1535,7 +1535,7 @@ def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys
     ("--init nowhere.pt", "nowhere.pt cannot be read as a checkpoint (FileNotFoundError"),
     ("eval pixels", "pixels does not name its data set: add --data"),
     ("eval run --labels-per-class 51", "stripes has only 50 images"),
-    ("eval run linear --save taken.pt", "--save taken.pt exists"),
+    ("eval run linear --save taken.pt", "taken.pt exists, or its folder does not"),
     ("eval run knn --save new.pt", "--save keeps a network with its classifier"),
     ("eval run predict", "predict needs image files"),
     ("eval run predict a.png", "is not a classifier: create one with linear --save"),

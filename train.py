@@ -1,6 +1,6 @@
 """Pretrain SimSiam. In two minutes on two CPU cores, kNN accuracy on ten textures rises from 47 % to 96 %.
 
-    python train.py                                 # this: images generated from a seed, no labels used
+    python train.py                                 # ten classes of generated textures, no labels used
     python train.py --no-stop-gradient              # watch it collapse
     python train.py cifar10                         # the paper's CIFAR-10 recipe (App. D), for one GPU
     python train.py PHOTOS --recipe small           # your own small images, on a laptop
@@ -8,11 +8,11 @@
     python train.py --resume runs/textures          # continue an interrupted run
 
 Reading order: recipes, one training step, the loop, monitoring, two variants from Sec. 5.2, data, command
-line, plumbing. The first third is the method; the rest is what every training script needs.
+line, plumbing. The first third is the method; the rest is found in every training script.
 
 Three names appear everywhere. `args`: the flags; --help explains each, and a recipe gives the defaults.
-`images`: the training set, of class Images from the section "Data". `rank`: the number of this process,
-which is 0 unless torchrun starts several. We have not run any of this on a GPU yet.
+`images`: a data set, of class Images from the section "Data". `rank`: the number of this process, which is 0
+unless torchrun starts several. We have not run any of this on a GPU yet.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -155,15 +154,15 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             step=self.step,
             history=self.history,
-            data=self.fingerprint,
+            fingerprint=self.fingerprint,
             # NOT_SAVED: paths, the device and the like, which may differ when the run resumes.
             args={name: value for name, value in vars(self.args).items() if name not in NOT_SAVED},
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a state_dict, which is always that of the end of an epoch. Exits if the data changed."""
-        if state["data"] != self.fingerprint:
-            fail(f"{self.args.data} has changed since the run began: restore it, or start a new run")
+        if state["fingerprint"] != self.fingerprint:
+            fail(f"{self.args.data} has changed since the run started: restore it, or start a new run")
         self.model.load_state_dict(state["model"])
         self.targets.load_state_dict(state["targets"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -173,19 +172,30 @@ class Trainer:
         self.history = state["history"]
 
 
-def two_views(images: Tensor, size: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def two_views(batch: Tensor, size: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Returns two views of each image, (N, 3, size, size) each, in [0, 1].
 
-    images: uint8, (N, 3, H, W); or (N, 2, 3, size, size), where the data loader has already cut two crops,
+    batch: uint8, (N, 3, H, W); or (N, 2, 3, size, size), where the data loader has already cut two crops,
     because the files differ in size.
     """
-    x = images.float() / 255
+    x = batch.float() / 255
     if x.ndim == 5:
         views = recolor(x.transpose(0, 1).flatten(0, 1), args.blur)
     else:
         # Both views in one call, which costs less than two. Every image draws its own parameters anyway.
         views = augment(torch.cat([x, x]), size, args.min_scale, args.blur)
     return views.chunk(2)
+
+
+def normalize(x: Tensor, images: "Images") -> Tensor:
+    """x (N, 3, H, W) in [0, 1], standardized per channel, in channels-last layout."""
+    mean, std = torch.tensor([images.mean, images.std]).to(x.device).view(2, 3, 1, 1)
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def seed_of(*parts: Any) -> int:
+    """A 32-bit seed from anything that can be printed."""
+    return zlib.crc32(repr(parts).encode(errors="surrogateescape"))
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
@@ -227,13 +237,12 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
     """Trains from the checkpoint, or from scratch, to the last epoch. Exits if a batch cannot be filled."""
     images, test = load_data(args)
     if len(images) < args.batch_size:
-        fail(f"--batch-size {args.batch_size} is larger than {args.data}, which has {len(images)} images")
+        fail(f"{args.data} has only {len(images)} images: use a --batch-size below {args.batch_size}")
     args.mean, args.std = images.mean, images.std  # measured unless given; saved with the checkpoint
     trainer = Trainer(args, images)
     check_shared_memory(images, args.pairs * args.batch_size // trainer.world_size, args.workers)
     prepare(trainer, test, checkpoint)
 
-    trainer.model.train()
     steps = range(trainer.step, trainer.total_steps)
     requests = schedule(len(images), args.batch_size, args.seed, steps, args.pairs)
     loader = iter(make_loader(images, requests, args.workers))  # uint8 images and their indices
@@ -245,11 +254,11 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
             show_progress(f"epoch {epoch}", done, trainer.steps_per_epoch, began)
         report(trainer, test, epoch, seconds=time.monotonic() - began)
         save_checkpoints(trainer)
-    log(f"done; next: python eval.py {args.out}")
+    log(f"done; next: python eval.py {args.out}" + ("" if images.labels is not None else " --features FILE"))
 
 
 def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] | None) -> None:
-    """Restores the checkpoint, or makes a folder for a new run. Says what will be trained."""
+    """Restores the checkpoint, or makes a folder for a new run. Prints the settings."""
     args = trainer.args
     if checkpoint:
         trainer.load_state_dict(checkpoint)
@@ -390,7 +399,7 @@ class Targets(nn.Module):
         super().__init__()
         # --alternate K: the targets of K steps come from a copy of the weights made before the first one.
         self.every = args.alternate
-        self.model = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
+        self.old = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
         # --eta-momentum: a moving average over the visits to an image approximates the expectation over
         # augmentations. In the paper it replaces h: add --predictor none. Starting at zero is harmless at
         # the first visit, because the cosine ignores the length of a target.
@@ -400,12 +409,12 @@ class Targets(nn.Module):
     def forward(
         self, step: int, indices: Tensor, model: SimSiam, x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The targets for p2 and p1, (N, d) each, in the order z1, z2. indices: (N,), of the images."""
-        if self.model is not None:
+        """Returns the replacements of z1 and z2, (N, d) each. indices: (N,), of the images."""
+        if self.old is not None:
             if step % self.every == 0:
-                self.model.load_state_dict(model.state_dict())
+                self.old.load_state_dict(model.state_dict())
             with torch.no_grad():
-                _, _, z1, z2 = self.model(x1, x2)
+                _, _, z1, z2 = self.old(x1, x2)
         if self.eta is not None:
             z1 = torch.lerp(z1.detach().float(), self.eta[indices], self.momentum)
             z2 = torch.lerp(z2.detach().float(), self.eta[indices], self.momentum)
@@ -441,13 +450,13 @@ class Images(torch.utils.data.Dataset):
         return len(self.source)
 
     def plain(self, indices: Tensor) -> Tensor:
-        """uint8 (N, 3, size, size), without augmentation."""
+        """Returns uint8 (N, 3, size, size), without augmentation."""
         if isinstance(self.source, Tensor):
             return center_crop(self.source[indices], self.size)
         return torch.stack([center_crop(decode(self.source[i]), self.size) for i in indices.tolist()])
 
     def raw(self, indices: Tensor, seed: str) -> Tensor:
-        """The input of `two_views`: uint8 (N, 3, H, W), or two random crops per file, (N, 2, 3, V, V).
+        """Returns the input of `two_views`: uint8 (N, 3, H, W), or two crops per file, (N, 2, 3, V, V).
 
         V is view_size. Files differ in size, so the loader's workers crop them here.
         """
@@ -486,7 +495,7 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
         parts = [(*textures(5000, seed=0), PATTERNS), (*textures(2000, seed=1), PATTERNS)]
     elif args.data in ("cifar10", "cifar100"):
         parts = [load_cifar(args.data, args.data_dir, train) for train in (True, False)]
-    elif args.data.endswith(".npz"):
+    elif args.data.endswith(".npz") and os.path.isfile(args.data):
         parts = load_npz(args.data)
     else:
         parts = load_folder(Path(args.data), args.image_size)
@@ -497,24 +506,22 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
         tenth = max(1, len(images) // 10)
         images, test = images.subset(order[tenth:]), images.subset(order[:tenth])
     if None in (images.mean, images.std):
-        images.mean, images.std = channel_statistics(images)
+        mean, std = channel_statistics(images)
+        images.mean, images.std = images.mean or mean, images.std or std
     if test is not None:
         test.mean, test.std = images.mean, images.std
     return images, test
 
 
 def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation, in [0, 1], of the three channels over all pixels (of up to 1,000 files).
-
-    Exits if all pixels are equal.
-    """
+    """Means and standard deviations, in [0, 1], of the channels, of up to 1,000 files. Exits if all are 0."""
     sample = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()
     pixels = images.source if isinstance(images.source, Tensor) else images.plain(sample)
     stats = [torch.std_mean(pixels[:, channel].float() / 255, correction=0) for channel in range(3)]
     stds, means = ([x.item() for x in column] for column in zip(*stats))
     if max(stds) == 0:
         fail("all images are of one and the same color: nothing can be learned from them")
-    return means, [max(std, 1e-3) for std in stds]  # bounded, because one channel may be constant
+    return means, [max(std, 1e-3) for std in stds]  # a constant channel has a standard deviation of 0
 
 
 def load_cifar(name: str, root: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
@@ -535,14 +542,16 @@ def load_npz(path: str) -> list[Part]:
     """MedMNIST's format: train_images, train_labels, test_images, test_labels; all but the first optional.
 
     Images are uint8, (N, H, W) or (N, H, W, 3); labels are integers, (N,) or (N, 1), one per image.
-    Exits if a label is negative, as those of STL-10's unlabeled images are.
+    Exits if images are not uint8, or if a label is negative, as those of STL-10's unlabeled images are.
     """
     parts = []
     with np.load(path) as arrays:  # does not load pickles
         for split in ("train", "test"):
-            if f"{split}_images" not in arrays:
+            if split == "test" and "test_images" not in arrays:
                 continue
             images = torch.from_numpy(arrays[f"{split}_images"])
+            if images.dtype != torch.uint8:
+                fail(f"{path}: {split}_images are {images.dtype}: convert them to uint8, from 0 to 255")
             images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(-1, 1)
             labels = arrays.get(f"{split}_labels")
             labels = None if labels is None else torch.from_numpy(labels).long().reshape(len(images))
@@ -556,14 +565,14 @@ def load_npz(path: str) -> list[Part]:
 def load_folder(root: Path, size: int) -> list[Part]:
     """Images below a folder: root/train/CLASS/ and root/val/CLASS/ (or test/); or root/CLASS/; or root/.
 
-    If there are images directly in root/ or root/train/, all images below it are used, without labels.
+    Images directly in root/train/ (or in root/, if there is no train/) mean that there are no labels.
     Unreadable files are skipped, a test folder that does not fit is not used. Exits if no image is found.
     """
     if not root.is_dir():
         fail(f"{root} is neither a data set ({', '.join(DATASETS)}) nor a folder nor an .npz file")
     training = root / "train" if (root / "train").is_dir() else root
     if any(datasets.folder.is_image_file(path.name) for path in training.iterdir()):
-        log(f"{training} has images outside class folders: everything below it is used, without labels")
+        log(f"{training} has images outside class folders: all images below it are used, without labels")
         files = sorted(training.rglob("*"))
         paths = [str(path) for path in files if datasets.folder.is_image_file(path.name)]
         return [(read_files(paths, size)[0], None, [])]
@@ -648,6 +657,31 @@ def center_crop(images: Tensor, size: int) -> Tensor:
     return v2.functional.center_crop(images, [size, size])
 
 
+def schedule(n: int, batch: int, seed: int, steps: range, pairs: int = 1) -> Iterator[tuple[Tensor, str]]:
+    """For every step the indices of this process, (pairs * batch / world_size,), and a seed for the crops.
+
+    An epoch is a permutation of all n images, the same in every process. The last n % batch are dropped.
+    """
+    rank, world_size = rank_and_world_size()
+    for step in steps:
+        epoch, position = divmod(step, n // batch)
+        if position == 0 or step == steps.start:  # the latter when a run resumes
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+        mine = order[position * batch : (position + 1) * batch][rank::world_size]
+        yield mine.repeat(pairs), f"{seed} {epoch}"
+
+
+def make_loader(images: Images, requests: Any, workers: int) -> torch.utils.data.DataLoader:
+    """A loader of (uint8 batch, indices) for each of the requests, in their order."""
+    return torch.utils.data.DataLoader(
+        images,
+        sampler=requests,  # __getitem__ is called with a request,
+        batch_size=None,  # which is for a whole batch already
+        num_workers=0 if isinstance(images.source, Tensor) else workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
 PATTERNS = "stripes checks dots rings grids grains zigzags bricks streaks rays".split()
 
 
@@ -702,48 +736,12 @@ def textures(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return (images.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
-def schedule(n: int, batch: int, seed: int, steps: range, pairs: int = 1) -> Iterator[tuple[Tensor, str]]:
-    """For every step the indices of this process, (pairs * batch / world_size,), and a seed for the crops.
-
-    An epoch is a permutation of all n images, the same in every process. The last n % batch are dropped.
-    """
-    rank, world_size = rank_and_world_size()
-    for step in steps:
-        epoch, position = divmod(step, n // batch)
-        if position == 0 or step == steps.start:  # the latter when a run resumes
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-        mine = order[position * batch : (position + 1) * batch][rank::world_size]
-        yield mine.repeat(pairs), f"{seed} {epoch}"
-
-
-def make_loader(images: Images, requests: Any, workers: int) -> torch.utils.data.DataLoader:
-    """A loader of (uint8 batch, indices) for each of the requests, in their order."""
-    return torch.utils.data.DataLoader(
-        images,
-        sampler=requests,  # __getitem__ is called with a request,
-        batch_size=None,  # which is for a whole batch already
-        num_workers=0 if isinstance(images.source, Tensor) else workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def seed_of(*parts: Any) -> int:
-    """A 32-bit seed from anything that can be printed."""
-    return zlib.crc32(repr(parts).encode(errors="surrogateescape"))
-
-
-def normalize(x: Tensor, images: Images) -> Tensor:
-    """x (N, 3, H, W) in [0, 1], standardized per channel, in channels-last layout."""
-    mean, std = torch.tensor([images.mean, images.std]).to(x.device).view(2, 3, 1, 1)
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
 # ------------------------------------------------------------------------------------------------
 # Command line
 
 DATASETS = ["textures", "cifar10", "cifar100"]
-NOT_SAVED = ["data_dir", "device", "init", "out", "resume", "tensorboard", "workers"]  # may change on resume
-MAY_CHANGE = [*NOT_SAVED, "amp", "data", "keep_best", "keep_every", "knn_every"]
+NOT_SAVED = ["data_dir", "device", "init", "out", "resume", "tensorboard", "workers"]
+MAY_CHANGE = [*NOT_SAVED, "amp", "data", "keep_best", "keep_every", "knn_every"]  # when a run resumes
 
 
 def build_parser(description: str, add_own_flags: Callable[..., None]) -> argparse.ArgumentParser:
@@ -768,7 +766,7 @@ def build_parser(description: str, add_own_flags: Callable[..., None]) -> argpar
 
     flag = parser.add_argument_group("machine").add_argument
     devices = ["cuda"] if torch.cuda.is_available() else []
-    flag("--seed", type=number(int, 0), default=0, metavar="N", help="of all random numbers (default: 0)")
+    flag("--seed", type=number(int, 0), default=0, metavar="N", help="random seed (default: 0)")
     flag("--device", choices=[*devices, "cpu"], default=[*devices, "cpu"][0])
     workers = min(4, os.cpu_count() or 1)
     flag("--workers", type=number(int, 0), default=workers, metavar="N", help="processes that decode files")
@@ -788,7 +786,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument_group("heads and optimization").add_argument
     flag("--dim", type=number(int, 1), metavar="N", help="output dimension d (App. B)")
     flag("--hidden", type=number(int, 1), metavar="N", help="width of the projector's hidden layers (Sec. 3)")
-    flag("--layers", type=number(int, 1), metavar="N", help="of the projector: 3 (Sec. 3) or 2 (App. D)")
+    flag("--layers", type=number(int, 1), metavar="N", help="projector layers: 3 (Sec. 3) or 2 (App. D)")
     flag("--batch-size", type=number(int, 2), metavar="N", help="total over all processes (Table 2)")
     flag("--base-lr", type=number(float, 0), metavar="X", help="lr = base_lr * batch_size / 256 (Sec. 3)")
     flag("--weight-decay", type=number(float, 0), metavar="X")
@@ -807,11 +805,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--predictor-hidden", type=number(int, 1), metavar="N", help="default: --dim / 4 (App. B)")
     flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="heads: Table 3")
     flag("--affine", action="store_true", help="learn scale and shift in the BN on z (Sec. 4.4)")
-    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="of p and z (Sec. 4.5)")
+    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="Sec. 4.5")
     flag("--asymmetric", action="store_true", help="use one direction only, D(p1, z2) (Sec. 4.6)")
-    flag("--pairs", type=number(int, 1), default=1, metavar="N", help="of views per image (Sec. 4.6: 2)")
+    flag("--pairs", type=number(int, 1), default=1, metavar="N", help="view pairs per image (Sec. 4.6)")
     flag("--alternate", type=number(int, 1), default=1, metavar="N", help="steps per target net (Sec. 5.2)")
-    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="of targets (Sec. 5.2: 0.8)")
+    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="mean targets (Sec. 5.2)")
 
     flag = parser.add_argument_group("reports and checkpoints").add_argument
     flag("--knn-every", type=number(int, 0), metavar="N", help="epochs between kNN evaluations; 0: never")
@@ -843,7 +841,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
     checkpoint = from_rank_0(read_checkpoint(args.resume) if found else None)
     saved = checkpoint["args"] if checkpoint else {}
     if args.resume and not (checkpoint or args.data):
-        fail(f"--resume {args.resume}: there is no checkpoint.pt; name DATA as well to start this run")
+        fail(f"--resume {args.resume} is not the folder of a run: check the path, or add DATA to start one")
     data = args.data or saved.get("data", "textures")
     parser.set_defaults(**recipe_of(args.recipe, data) | saved | dict(data=data))
     args = parser.parse_args(argv)
@@ -861,7 +859,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
 
 
 def check_shared_memory(images: Images, batch: int, workers: int) -> None:
-    """Exits if /dev/shm cannot hold what the workers prepare, because they would wait for ever.
+    """Exits if /dev/shm cannot hold the workers' batches, because the workers would wait forever.
 
     A worker prepares two batches: of up to 250 images for features, and of `batch` pairs of crops. Containers
     have 64 MB by default; 512 pairs of crops of 224 pixels take 154 MB.
@@ -904,7 +902,7 @@ def recipe_of(name: str | None, data: str) -> dict[str, Any]:
 
 def next_run(data: str) -> str:
     """runs/DATA, or the first of runs/DATA-2, runs/DATA-3, ... that does not exist."""
-    base = f"runs/{Path(data).stem}"
+    base = f"runs/{Path(data).name.removesuffix('.npz')}"
     names = (base if i == 1 else f"{base}-{i}" for i in itertools.count(1))
     return next(name for name in names if not Path(name).exists())
 
@@ -984,7 +982,7 @@ def save(trainer: Trainer, name: str = "checkpoint.pt") -> None:
 
 
 def save_checkpoints(trainer: Trainer) -> None:
-    """Saves what is due at the end of an epoch: the checkpoints to keep, then the one to resume from."""
+    """Saves the checkpoints at the end of an epoch: those to keep, then the one to resume from."""
     args = trainer.args
     epoch = trainer.history[-1]["epoch"]
     if args.keep_every and epoch % args.keep_every == 0:
@@ -999,10 +997,10 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> None:
     """Loads a backbone's weights from a file of train.py, the authors or torchvision. Exits on a misfit."""
     checkpoint = read_checkpoint(path)
     weights = {}
-    for name, value in checkpoint.get("model", checkpoint.get("state_dict", checkpoint)).items():
-        # "backbone." here, "module.encoder." in the authors' files, where encoder.fc is the projector.
-        name = re.sub(r"^(module\.)?(encoder\.|backbone\.)?", "", name)
-        if not name.startswith(("fc.", "projector.", "predictor.")):
+    for name, value in checkpoint.get("backbone", checkpoint.get("state_dict", checkpoint)).items():
+        # In the authors' files, module.encoder is the backbone, and module.encoder.fc is the projector.
+        name = name.removeprefix("module.").removeprefix("encoder.")
+        if not name.startswith(("fc.", "predictor.")):
             weights[name] = value
     try:
         backbone.load_state_dict(weights)

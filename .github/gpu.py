@@ -1,11 +1,11 @@
-"""All that needs a GPU, on one card: prints a table. Can be interrupted and called again, and goes on then.
+"""Measures everything that needs a GPU, on one card, and prints a table.
 
     python .github/gpu.py WORK --minutes 9                 # CIFAR-10 is downloaded into WORK/data
     python .github/gpu.py WORK --minutes 9 --data FOLDER   # or a folder with its images
 
-WORK receives runs, a log, and results.jsonl with the rows, each of which is measured once. NCCL and SyncBN
-need two cards and are not tried. With --device cpu --tiny, the script itself can be tried on a CPU, which is
-all that we could do.
+WORK receives runs, a log, and results.jsonl with the rows. When called again, it measures the rows that are
+missing. NCCL and SyncBN need two cards and are not tried. With --device cpu --tiny, the script itself can be
+tried on a CPU, which is all that we could do.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""How fast is a training step, and what takes its time?
+"""Measures the speed of a training step, and the share of its parts.
 
     python .github/speed.py 40                        # 40 steps of the recipe textures
-    python .github/speed.py 40 --baseline 0 2         # the same with PIL transforms and 0 or 2 workers
+    python .github/speed.py 40 --amp off --baseline 0 2   # and with PIL transforms, 0 or 2 workers
 
 All other words are flags of train.py. A speed is a ratio: run two in turns on one machine.
 """
