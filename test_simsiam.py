@@ -7,7 +7,6 @@ torchvision's own operations, a loop, or the paper's tables.
 """
 
 import collections
-import contextlib
 import copy
 import functools
 import itertools
@@ -204,15 +203,6 @@ def test_stop_gradient_z_gets_no_gradient_and_p_gets_some(similarity):
     assert z1.grad.abs().sum() > 0 and z2.grad.abs().sum() > 0
 
 
-def test_without_h_the_symmetric_loss_has_half_the_gradient_of_D_z1_z2():
-    """Sec. 4.2: without a predictor, the stop-gradient only scales the gradient of a loss that collapses."""
-    z1, z2 = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True).unbind()
-    half = torch.autograd.grad(simsiam_loss(z1, z2, z1, z2), (z1, z2))
-    whole = torch.autograd.grad(D(z1, z2, stop_gradient=False), (z1, z2))
-    for a, b in zip(half, whole):
-        torch.testing.assert_close(a, b / 2)
-
-
 def test_D_is_equation_1_written_out_and_its_gradient_is_that_by_finite_differences():
     p, z = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True).unbind()
     total = 0.0
@@ -282,10 +272,7 @@ def test_with_stop_gradient_the_spread_stays_and_without_it_the_spread_is_lost(h
 
 def test_collapse_is_diagnosed_and_a_healthy_run_is_not():
     """Measured on textures and CIFAR-10: runs of the README's tables, seed 0."""
-
-    def diagnosis(*epochs):
-        return train.diagnose([dict(loss=loss, spread=spread_) for loss, spread_ in epochs])
-
+    diagnosis = lambda *run: train.diagnose([dict(loss=x, spread=y) for x, y in run])  # noqa: E731
     healthy = [(-0.44, 0.87), (-0.71, 0.88), (-0.88, 0.90), (-0.89, 0.91), (-0.91, 0.92), (-0.94, 0.94)]
     hidden_bn = [(-0.65, 0.62), (-0.75, 0.61), (-0.79, 0.69), (-0.87, 0.67), (-0.90, 0.72), (-0.94, 0.75)]
     uneven = [(loss, 0.95) for loss in (-0.02, -0.05, -0.08, -0.15, -0.2, -0.2, -0.25, -0.25)]
@@ -510,8 +497,12 @@ def test_views_have_their_size_and_range_and_are_standardized():
     standardized = train.normalize(x, images)
     torch.testing.assert_close(standardized, v2.functional.normalize(x, images.mean, images.std))
     assert standardized.is_contiguous(memory_format=torch.channels_last)
-    wide = simsiam.augment(torch.rand(200, 3, 20, 60), 16)  # images need not be square
-    assert wide.shape == (200, 3, 16, 16) and wide.isfinite().all()
+    noise = torch.rand(400, 3, 20, 60)  # images need not be square
+    rough, default, smooth = (
+        simsiam.augment(noise, 16, **options).diff(dim=3).square().mean().item()
+        for options in (dict(blur_probability=0), {}, dict(blur_probability=1))
+    )
+    assert default == pytest.approx((rough + smooth) / 2, rel=0.2)  # by default half of them are blurred
 
 
 # ------------------------------------------------------------------------------------------------
@@ -649,7 +640,6 @@ def test_three_updates_are_sgd_written_out(flags, loss):
         assert len(batch) == 100 * args.pairs
         before = copy.deepcopy(t.model.state_dict())
         t.update(batch, indices)
-
         p1, p2, z1, z2 = twin.model(*views_of(twin, batch, step))
         value = loss(p1, p2, z1, z2)
         total += value.item()
@@ -713,7 +703,7 @@ def test_a_step_computes_everything_on_its_device(flags, monkeypatch):
 
     def no_autocast(*args, enabled):  # torch's does not know the device `meta`
         entered.append((*args, enabled))
-        return contextlib.nullcontext()
+        return torch.enable_grad()  # changes nothing
 
     monkeypatch.setattr(torch, "autocast", no_autocast)
     args = args_of(*TINY, *flags.split())
