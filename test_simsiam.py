@@ -69,7 +69,7 @@ train.textures = few_textures
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Every test has an empty folder and a seed."""
+    """Every test has an empty folder, and the same random numbers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
@@ -160,8 +160,8 @@ def equation_4(p1, p2, z1, z2, distance=cosine_loss):
 
 def write_image(path, pixels):
     """pixels: uint8 (3, H, W), or a color that fills 40 x 36."""
-    if not isinstance(pixels, torch.Tensor):
-        pixels = torch.tensor(pixels, dtype=torch.uint8).view(3, 1, 1).expand(3, 40, 36)
+    pixels = torch.as_tensor(pixels, dtype=torch.uint8)
+    pixels = pixels.view(3, 1, 1).expand(3, 40, 36) if pixels.ndim == 1 else pixels
     path.parent.mkdir(parents=True, exist_ok=True)
     v2.functional.to_pil_image(pixels).save(path)
 
@@ -204,13 +204,12 @@ def test_stop_gradient_z_gets_no_gradient_and_p_gets_some(similarity):
 
 
 def test_D_is_equation_1_written_out_and_its_gradient_is_that_by_finite_differences():
-    p, z = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True).unbind()
+    p, z = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     total = 0.0
     for a, b in zip(p.tolist(), z.tolist()):
         dot = sum(i * j for i, j in zip(a, b))
         total -= dot / math.sqrt(sum(i * i for i in a)) / math.sqrt(sum(j * j for j in b))
     assert D(p, z).item() == pytest.approx(total / 5, abs=1e-6)
-    p, z = p.detach().requires_grad_(), z.detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: D(p, z), p)
     assert torch.autograd.gradcheck(lambda p, z: D(p, z, stop_gradient=False), (p, z))
 
@@ -239,8 +238,8 @@ def test_the_loss_is_computed_in_float32_or_better_also_under_autocast(dtype):
 # ------------------------------------------------------------------------------------------------
 # Collapse, in short trainings
 
-SHORT = "--width 4 --dim 64 --hidden 64 --epochs 6 --batch-size 32 --base-lr 1.5 --knn-every 0".split()
-SHORT += "--view-scale 0.5 --mean .5 .5 .5 --std .25 .25 .25 --amp off".split()
+SHORT = "--width 4 --dim 64 --hidden 64 --epochs 6 --batch-size 32 --base-lr 1.5 --amp off".split()
+SHORT += "--view-scale 0.5 --mean .5 .5 .5 --std .25 .25 .25".split()
 
 
 def short_run(*flags, seeds=(0, 1)):
@@ -308,8 +307,8 @@ def test_by_default_the_heads_are_those_of_section_3():
     assert linears(model.projector) == [(8, 2048), (2048, 2048), (2048, 2048)]
     assert linears(model.predictor) == [(2048, 512), (512, 2048)]
     assert linears(SimSiam(nn.Flatten(), 8, dim=64).predictor) == [(64, 16), (16, 64)]  # d / 4 (App. B)
-    assert all(w.requires_grad for w in model.parameters()) and model.predictor[1].affine
-    assert [m.affine for m in model.projector if kinds([m]) == [BN]] == [True, True, False]
+    assert all(w.requires_grad for w in model.parameters())
+    assert [m.affine for m in model.modules() if kinds([m]) == [BN]] == [True, True, False, True]
     assert build_projector(8, 6, 4, layers=3, affine=True)[-1].affine
 
 
@@ -414,8 +413,9 @@ def test_crops_are_distributed_as_those_of_RandomResizedCrop():
     crop, image = v2.RandomResizedCrop(8, scale=(0.2, 1)), torch.empty(3, height, width)
     drawn = (crop.make_params([image]) for _ in range(n))
     theirs = torch.tensor([[box[key] for key in ("top", "left", "height", "width")] for box in drawn]).float()
-    for top, left, h, w in mine:
-        assert top >= 0 and left >= 0 and top + h <= height and left + w <= width
+    bottom, right = (mine[:, :2] + mine[:, 2:]).T
+    assert mine.min() == 0 and bottom[bottom - mine[:, 0] < height].max() == height
+    assert right[right - mine[:, 1] < width].max() == width
     areas_and_ratios = [torch.stack([b[:, 2] * b[:, 3], b[:, 3] / b[:, 2]], dim=1) for b in (mine, theirs)]
     for pair in (areas_and_ratios, (mine[:, :2], theirs[:, :2])):
         for a, b in zip(*(x.T.sort().values.contiguous() for x in pair)):
@@ -502,7 +502,7 @@ def test_views_have_their_size_and_range_and_are_standardized():
         simsiam.augment(noise, 16, **options).diff(dim=3).square().mean().item()
         for options in (dict(blur_probability=0), {}, dict(blur_probability=1))
     )
-    assert default == pytest.approx((rough + smooth) / 2, rel=0.2)  # by default half of them are blurred
+    assert default == pytest.approx((rough + smooth) / 2, rel=0.3)  # by default half of them are blurred
 
 
 # ------------------------------------------------------------------------------------------------
@@ -979,10 +979,10 @@ def test_kNN_and_erank_are_those_of_the_backbones_features_on_all_test_images():
     entropy = torch.distributions.Categorical(s / s.sum()).entropy()
     assert train.monitor(t, test, knn=False) == (pytest.approx(erank, rel=1e-4), None)
     assert erank == pytest.approx(entropy.exp().item(), rel=1e-3)
-    test.labels = None
     in_order = test.subset(torch.cat([torch.zeros(300, dtype=torch.long), torch.arange(200)]))
-    erank, knn = train.monitor(t, in_order, knn=True)
-    assert erank > 1.5 and knn is None  # of all classes, not of the first 256 images; no labels, no kNN
+    assert all(train.monitor(t, in_order, knn)[0] > 1.5 for knn in (True, False))  # not of the first 256
+    test.labels = None
+    assert train.monitor(t, test, knn=True)[1] is None
 
 
 def test_kept_checkpoints_and_the_best_of_all_epochs(monkeypatch):
@@ -1165,7 +1165,6 @@ def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
 
 
 def test_each_process_has_its_own_gpu_and_gloo_beside_nccl(monkeypatch):
-    """On a CPU, with stand-ins for the GPU."""
     for name, value in dict(WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="3").items():
         monkeypatch.setenv(name, value)
     called = []
@@ -1462,9 +1461,9 @@ def test_a_saved_classifier_names_images_as_it_did_the_test_images(task, pretrai
         v2.functional.to_pil_image(x).save(file)
     Path("text.png").write_text("no image")
     evaluation.main(["classifier.pt", "predict", "text.png", *files])
-    told = capsys.readouterr()
-    lines = [line.split("\t") for line in told.out.splitlines()]  # a table, without the warning
-    assert [line[0] for line in lines] == files and "text.png" in told.err
+    out, err = capsys.readouterr()
+    lines = [line.split("\t") for line in out.splitlines()]  # a table, without the warning
+    assert [line[0] for line in lines] == files and "text.png" in err
     assert sum(train.PATTERNS[label] == line[1] for label, line in zip(test.labels, lines)) / 2 == share
     saved = torch.load("classifier.pt", weights_only=True)
     net, _ = build_backbone("convnet", width=2)
