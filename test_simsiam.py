@@ -786,6 +786,8 @@ def test_a_npz_file_in_the_format_of_medmnist_is_a_data_set(capsys):
     assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
     np.savez("unlabeled.npz", **made | dict(train_labels=np.arange(40) - 1))
     assert "train_labels has the negative label -1" in fails(["unlabeled.npz"], capsys)
+    np.savez("float.npz", train_images=np.zeros((4, 8, 8)))
+    assert "train_images are torch.float64: convert them to uint8" in fails(["float.npz"], capsys)
 
 
 SIZES = pytest.mark.parametrize("size", [16, 80], ids=["in memory", "on disk"])
