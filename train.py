@@ -470,7 +470,7 @@ class Images(torch.utils.data.Dataset):
         return torch.stack(pairs)
 
     def __getitem__(self, request: tuple[Tensor, str | None]) -> tuple[Tensor, Tensor]:
-        """A whole batch and its indices, for a request (indices, seed). Seed None: without augmentation."""
+        """A whole batch and its indices. request: indices and a seed, or None for no augmentation."""
         indices, seed = request
         return (self.plain(indices) if seed is None else self.raw(indices, seed)), indices
 
