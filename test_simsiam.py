@@ -1509,7 +1509,7 @@ def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys
 
 @pytest.mark.parametrize("words, told", [
     ("--epochs 0", "argument --epochs: invalid int, 1 or more, value: '0'"),
-    ("--batch-size 600", "textures has 500 images, fewer than --batch-size 600: use that many"),
+    ("--batch-size 600", "textures has 500 images, below --batch-size 600: use that many"),
     ("--warmup-epochs 20", "must be below --epochs"),
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
     ("--eta-momentum 0.8 --pairs 2", "without --alternate, --pairs"),

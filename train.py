@@ -237,7 +237,7 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
     """Trains from the checkpoint, or from scratch, to the last epoch. Exits if a batch cannot be filled."""
     images, test = load_data(args)
     if len(images) < args.batch_size:
-        fail(f"{args.data} has {len(images)} images, fewer than --batch-size {args.batch_size}: use that many")
+        fail(f"{args.data} has {len(images)} images, below --batch-size {args.batch_size}: use that many")
     args.mean, args.std = images.mean, images.std  # measured unless given; saved with the checkpoint
     trainer = Trainer(args, images)
     check_shared_memory(images, args.pairs * args.batch_size // trainer.world_size, args.workers)
