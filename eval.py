@@ -5,7 +5,7 @@
     python eval.py runs/textures finetune --labels-per-class 10 --save classifier.pt
     python eval.py classifier.pt predict IMAGE ...           # use the classifier
     python eval.py checkpoint_0099.pth.tar --data IMAGENET   # the SimSiam authors' released checkpoints
-    python eval.py pixels --data cifar10 knn                 # no network at all, to compare
+    python eval.py pixels --data cifar10 knn                 # raw pixels, for comparison
 
 Features are the backbone's, frozen and in eval mode: a probe that leaves BatchNorm in training mode changes
 the network that it measures. Accuracy is over all test images after the last epoch; reporting the best
@@ -65,7 +65,7 @@ def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
 def plan(
     train: Images, batch: int, args: argparse.Namespace
 ) -> tuple[list[tuple[Tensor, str]], list[Tensor]]:
-    """For every step, indices (batch,) with a seed, and labels (batch,). Very small sets are repeated."""
+    """Returns for every step indices (batch,) with a seed, and labels (batch,). Repeats very small sets."""
     repeated = torch.arange(len(train)).repeat(math.ceil(batch / len(train)))
     steps = range(args.epochs * (len(repeated) // batch))
     requests = [(repeated[i], seed) for i, seed in schedule(len(repeated), batch, args.seed, steps)]
@@ -298,17 +298,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("images", nargs="*", metavar="IMAGE", help="for predict: image files")
     flag("--data", type=full_name, help="as in train.py (default: the run's)")
     flag("--untrained", action="store_true", help="the same network, randomly initialized from --seed")
-    flag("--labels-per-class", type=number(int, 1), metavar="N", help="use only N labels of each class")
+    flag("--labels-per-class", type=number(int, 1), metavar="N", help="use only N labeled images per class")
     flag("--save", metavar="FILE", help="write the classifier of linear or finetune, for predict")
-    flag("--features", metavar="FILE", help="write the features and labels (of finetune: the tuned ones)")
+    flag("--features", metavar="FILE", help="write features and labels (of finetune: tuned ones)")
 
     flag = parser.add_argument_group("protocols").add_argument
     flag("--k", type=number(int, 1), metavar="N", help="neighbors that vote (default: 200, or less)")
-    flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="of kNN (default: 0.2)")
+    flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="kNN (default: 0.2)")
     flag("--augment", action="store_true", help="linear probe with random crops and SGD, lr 30 (App. A)")
-    flag("--epochs", type=number(int, 1), default=90, metavar="N", help="of training (default: 90)")
+    flag("--epochs", type=number(int, 1), default=90, metavar="N", help="training epochs (default: 90)")
     flag("--batch-size", type=number(int, 2), metavar="N", help="default: 256 for linear, 64 for finetune")
-    flag("--base-lr", type=number(float, 0), metavar="X", help="for 256 images (linear 1, finetune 0.1)")
+    flag("--base-lr", type=number(float, 0), metavar="X", help="lr for 256 images (linear: 1, finetune: 0.1)")
     flag("--min-scale", type=number(float, 0.01), metavar="X", help="smallest crop (run's; --augment: 0.08)")
 
 

@@ -75,13 +75,13 @@ ARCHS = ["convnet", "small-resnet", *RESNETS]
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scales the rows of x, (..., d), to length 1, in float32 or better: a cosine near 1 needs it."""
+    """Scales the rows of x, (..., d), to length 1, in float32 or better: bfloat16 is too coarse near 1."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Eq. 1: the negative cosine of p and z, both (N, d), averaged over N. A scalar in [-1, 1]."""
-    # The sign makes a loss of the similarity. Its minimum is -1, so a negative loss is normal. For unit
+    # The minus turns a similarity into a loss. Its minimum is -1, so a negative loss is normal. For unit
     # vectors, -cos(p, z) = |p - z|^2 / 2 - 1: a squared error, up to scale and shift.
     return -(unit(p) * unit(z)).sum(dim=-1).mean()
 

@@ -299,7 +299,7 @@ def test_a_run_warns_of_collapse_once_and_not_if_the_loss_is_the_cross_entropy(c
 LINEAR, BN, RELU = "Linear", "BatchNorm1d", "ReLU"
 
 
-def test_by_default_the_heads_are_those_of_section_3():
+def test_the_default_heads_are_those_of_section_3():
     """Projector: 3 layers of 2048; h: 2048 -> 512 -> 2048. The BN on z has no scale and shift (Sec. 4.4)."""
     model = SimSiam(nn.Flatten(), 8)
     assert linears(model.projector) == [(8, 2048), (2048, 2048), (2048, 2048)]
@@ -316,7 +316,7 @@ def test_by_default_the_heads_are_those_of_section_3():
     ("default", [LINEAR, BN, RELU, LINEAR, BN], [LINEAR, BN, RELU, LINEAR]),
     ("all", [LINEAR, BN, RELU, LINEAR, BN], [LINEAR, BN, RELU, LINEAR, BN]),
 ])  # fmt: skip
-def test_table_3_says_where_BN_is(bn, projector, predictor):
+def test_BN_is_in_the_layers_that_table_3_names(bn, projector, predictor):
     """A Linear has a bias unless a BN follows, which would cancel it. There is no ReLU on an output."""
     model = SimSiam(nn.Flatten(), 8, dim=4, hidden=6, layers=2, predictor_hidden=3, bn=bn)
     for head, expected in ((model.projector, projector), (model.predictor, predictor)):
@@ -394,7 +394,7 @@ def test_the_example_and_the_demonstration_in_simsiam_py_run(capsys):
 # Augmentation (App. A), against torchvision one operation at a time, and then as a whole
 
 
-def test_crop_and_resize_is_torchvisions():
+def test_crop_and_resize_equal_torchvisions():
     x = torch.rand(6, 3, 32, 40)
     boxes = [[0, 0, 32, 40], [3, 7, 9, 20], [10, 1, 16, 16], [0, 0, 1, 40], [5, 0, 27, 1], [31, 39, 1, 1]]
     top, left, h, w = torch.tensor(boxes).float().unbind(1)
@@ -405,7 +405,7 @@ def test_crop_and_resize_is_torchvisions():
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_crops_are_distributed_as_those_of_RandomResizedCrop():
+def test_crops_have_the_distribution_of_RandomResizedCrop():
     n, (height, width) = 4000, (40, 50)
     mine = torch.stack(simsiam.random_crops(n, height, width, 0.2, torch.device("cpu")), dim=1)
     crop, image = v2.RandomResizedCrop(8, scale=(0.2, 1)), torch.empty(3, height, width)
@@ -431,7 +431,7 @@ def test_crops_are_distributed_as_those_of_RandomResizedCrop():
     ("hue", v2.functional.adjust_hue, (-0.1, 0.0, 0.1)),
     ("blur", lambda x, sigma: v2.functional.gaussian_blur(x, [13, 13], [sigma, sigma]), (0.1, 1.0, 2.0)),
 ])  # fmt: skip
-def test_every_operation_is_torchvisions_with_a_factor_for_each_image(name, theirs, factors):
+def test_every_operation_equals_torchvisions_with_one_factor_per_image(name, theirs, factors):
     x = torch.rand(6, 3, 19, 17)
     x[0] = 0.5  # gray
     f = torch.tensor([*factors, *factors]).view(-1, 1, 1, 1)
@@ -441,7 +441,7 @@ def test_every_operation_is_torchvisions_with_a_factor_for_each_image(name, thei
     torch.testing.assert_close(simsiam.to_gray(x), v2.functional.rgb_to_grayscale(x))
 
 
-def test_jitter_gray_and_blur_have_their_probabilities_ranges_and_order(monkeypatch):
+def test_jitter_gray_and_blur_have_the_papers_probabilities_and_ranges(monkeypatch):
     """App. A: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8; gray 0.2; sigma 0.1 to 2, here in half."""
     ranges = dict.fromkeys(["brightness", "contrast", "saturation"], (0.6, 1.4))
     ranges |= dict(hue=(-0.1, 0.1), blur=(0.1, 2))
@@ -487,7 +487,7 @@ def test_the_two_views_are_cropped_and_flipped_independently():
     assert 0.45 < right[inside].float().mean() < 0.55
 
 
-def test_views_have_their_size_and_range_and_are_standardized():
+def test_views_have_the_right_size_and_range_and_are_standardized():
     images, _ = train.load_data(args_of())
     x, _ = train.two_views(images.source[:64], 24, args_of("--blur", 0.5))
     assert x.shape == (64, 3, 24, 24) and x.min() >= 0 and x.max() < 1 + 1e-6
@@ -497,7 +497,7 @@ def test_views_have_their_size_and_range_and_are_standardized():
     assert standardized.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_probability_of_blur_reaches_it_and_by_default_half_of_the_views_are_blurred():
+def test_blur_has_the_given_probability_and_by_default_one_half():
     noise = torch.randint(256, (400, 3, 20, 60), dtype=torch.uint8)  # images need not be square
     roughness = lambda x: x.diff(dim=3).square().mean().item()  # noqa: E731
     for batch in (noise.unsqueeze(1).expand(-1, 2, -1, -1, -1), noise):  # from files, in memory
@@ -583,7 +583,7 @@ PAPER["cifar100"] = PAPER["cifar10"]
 
 
 @pytest.mark.parametrize("data", PAPER)
-def test_recipes_are_the_papers(data):
+def test_recipes_equal_the_papers(data):
     args = vars(args_of(data))
     assert {name: args[name] for name in PAPER[data]} == PAPER[data]
     assert args_of(data, "--min-scale", 0.5).min_scale == 0.5  # a flag overrides the recipe
@@ -599,7 +599,7 @@ def test_recipes_are_the_papers(data):
     ("--bn none", dict(bn="none")),
     ("--affine", dict(affine=True)),
 ])  # fmt: skip
-def test_flags_of_the_network_reach_it(flags, expected):
+def test_the_network_is_built_from_the_flags(flags, expected):
     model = train.build_model(args_of(*TINY, *flags.split(), "--width", 3))
     expected = SimSiam(*build_backbone("convnet", width=3), **dict(dim=16, hidden=16, layers=2) | expected)
     if "none" in flags and "predictor" in flags:
@@ -741,7 +741,7 @@ def fill(root, *places):
     return root
 
 
-def test_cifar_is_torchvisions_and_without_a_network_one_line_says_where_it_belongs(monkeypatch, capsys):
+def test_cifar_is_torchvisions_and_a_failed_download_says_where_to_put_the_file(monkeypatch, capsys):
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: open("no network"))
     line = fails(["cifar100", "--data-dir", "here"], capsys)
     assert "put cifar-100-python.tar.gz into --data-dir here" in line
@@ -758,7 +758,7 @@ def test_cifar_is_torchvisions_and_without_a_network_one_line_says_where_it_belo
     assert images.labels.tolist() + test.labels.tolist() == [*range(30)] and images.source.is_contiguous()
 
 
-def test_holdout_is_the_same_tenth_for_every_seed_and_mean_and_std_are_those_of_the_training_pixels():
+def test_holdout_is_the_same_for_every_seed_and_mean_and_std_come_from_the_training_pixels():
     (images, test), (_, other) = (train.load_data(args_of("--holdout", "--seed", seed)) for seed in (0, 1))
     whole, labels = train.textures(5000, seed=0)
     at = {x.numpy().tobytes(): y for x, y in zip(whole, labels.tolist())}
@@ -808,7 +808,7 @@ def test_class_folders_are_labels_and_the_folder_beside_train_is_the_test_set(si
     assert reds(load(root, *size)[1]) == [0, 1, 10, 11]
 
 
-def test_folders_that_do_not_fit_are_noted_in_one_line(capsys):
+def test_a_folder_that_does_not_fit_is_reported_in_one_line(capsys):
     for name, place in (("kaggle", "test"), ("other", "val/eel"), ("fewer", "val/cat")):
         root = fill(Path(name), "train/cat", "train/dog", place)
         assert reds(load(root)[0]) == [0, 1, 10, 11] and load(root)[1] is None
@@ -822,7 +822,7 @@ def test_folders_that_do_not_fit_are_noted_in_one_line(capsys):
 
 
 @SIZES
-def test_unreadable_files_are_named_with_their_reason_and_left_out(size, capsys):
+def test_unreadable_files_are_reported_with_the_reason_and_skipped(size, capsys):
     root = write_folder(Path("photos"), per_class=8)
     whole = (root / "train/cat/0.jpg").read_bytes()
     for name, content in (("half.jpg", whole[: len(whole) // 2]), ("text.png", b"text")):
@@ -859,7 +859,7 @@ def test_every_kind_of_image_becomes_upright_rgb_on_white():
 
 
 @SIZES
-def test_images_without_augmentation_are_the_center_as_on_imagenet(size):
+def test_images_without_augmentation_are_center_crops_as_on_imagenet(size):
     """The square, resized to 256 / 224 of the size, of which the center is kept."""
     write_folder(Path("photos"), parts=["."])
     write_image(Path("photos/dog/thin.png"), torch.randint(256, (3, 2, 900), dtype=torch.uint8))
@@ -919,7 +919,7 @@ def test_an_epoch_is_a_permutation_and_its_incomplete_batch_is_dropped():
 # A run: what it reports and what it leaves
 
 
-def test_training_reports_what_it_measures_also_to_terminals_and_TensorBoard(capsys, monkeypatch):
+def test_training_writes_its_metrics_to_the_terminal_a_file_and_TensorBoard(capsys, monkeypatch):
     sent = []
     writer = types.SimpleNamespace(add_scalar=lambda *row: sent.append(row))
     fake = types.SimpleNamespace(SummaryWriter=lambda out, purge_step: writer)
@@ -965,7 +965,7 @@ def by_hand(backbone, images):
         return backbone.eval()(v2.functional.normalize(images.source / 255, images.mean, images.std))
 
 
-def test_kNN_and_erank_are_those_of_the_backbones_features_on_all_test_images():
+def test_kNN_and_erank_use_the_backbones_features_of_all_test_images():
     t, test = trainer_of(args_of(*TINY))
     for batch, indices in batches(t, 5):
         t.update(batch, indices)
@@ -988,7 +988,7 @@ def test_kNN_and_erank_are_those_of_the_backbones_features_on_all_test_images():
     assert train.monitor(t, test, knn=True)[1] is None
 
 
-def test_kept_checkpoints_and_the_best_of_all_epochs(monkeypatch):
+def test_periodic_checkpoints_and_the_best_one_are_kept(monkeypatch):
     train.main([*TINY, *"--epochs 5 --keep-every 2 --keep-best --knn-every 1 --holdout --out run".split()])
     names = [path.name for path in sorted(Path("run").glob("*.pt"))]
     assert names == ["checkpoint-0002.pt", "checkpoint-0004.pt", "checkpoint-best.pt", "checkpoint.pt"]
@@ -1002,7 +1002,7 @@ def test_kept_checkpoints_and_the_best_of_all_epochs(monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["sums", "weights"])
-def test_infinity_stops_a_run_before_it_is_saved(what, capsys, monkeypatch):
+def test_a_run_with_infinite_values_stops_before_it_is_saved(what, capsys, monkeypatch):
     update = train.Trainer.update
 
     def poisoned(self, *args):
@@ -1034,7 +1034,7 @@ def test_a_failed_write_keeps_the_last_checkpoint(pretrained, monkeypatch):
 @pytest.mark.parametrize("flags", [
     "--alternate 3", "--eta-momentum 0.8", "--amp bf16", "--warmup-epochs 1 --knn-every 1", "--amp fp16",
 ])  # fmt: skip
-def test_a_killed_run_resumes_with_the_same_bits(monkeypatch, flags):
+def test_a_killed_run_resumes_bit_for_bit(monkeypatch, flags):
     flags = [*TINY, "--epochs", "3", *flags.split()]
     train.main([*flags, "--out", "whole"])
     update = train.Trainer.update
@@ -1055,7 +1055,7 @@ def test_a_killed_run_resumes_with_the_same_bits(monkeypatch, flags):
         assert a | dict(images_per_second=0) == b | dict(images_per_second=0)
 
 
-def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers():
+def test_the_number_of_workers_does_not_change_the_result():
     write_folder(Path("photos"))
     for out, flags in (("0", "--workers 0"), ("2", "--workers 2"), ("other", "--workers 0 --seed 1")):
         train.main(["photos", *FOLDER, "--image-size", "80", *flags.split(), "--out", out])
@@ -1063,7 +1063,7 @@ def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers():
     assert same(none, two) and not same(none, other)
 
 
-def test_a_resumed_run_keeps_its_flags_and_says_both_values(capsys):
+def test_a_resumed_run_keeps_its_flags_and_a_conflict_names_both_values(capsys):
     train.main(["textures", *TINY, *"--epochs 1 --resume run --asymmetric --weight-decay 0".split()])
     for flag, value, was in (("--dim", 32, 16), ("--epochs", 5, 1), ("--recipe", "small", None)):
         line = fails(["--resume", "run", flag, value], capsys)
@@ -1077,7 +1077,7 @@ def test_a_resumed_run_keeps_its_flags_and_says_both_values(capsys):
     assert "add DATA to start one" in fails(["--resume", "typo"], capsys) and not Path("typo").exists()
 
 
-def test_a_run_has_a_new_folder_and_resume_never_takes_another(pretrained, capsys):
+def test_a_new_run_needs_a_new_folder_and_resume_an_existing_run(pretrained, capsys):
     for name in ("runs/textures", "runs/textures-2", "runs/cam-2", "late"):
         Path(name).mkdir(parents=True)
     assert args_of().out == "runs/textures-3" and args_of("elsewhere/cam").out == "runs/cam"
@@ -1104,7 +1104,7 @@ class Evil:
         return (os.mkdir, ("executed",))
 
 
-def test_damaged_and_hostile_checkpoints_are_one_line_and_never_executed(pretrained, capsys):
+def test_damaged_and_hostile_checkpoints_give_one_line_and_are_never_executed(pretrained, capsys):
     file = Path("run/checkpoint.pt")
     torch.save({"model": Evil()}, "evil.pt")
     half = file.read_bytes()[:5000]
@@ -1115,7 +1115,7 @@ def test_damaged_and_hostile_checkpoints_are_one_line_and_never_executed(pretrai
     assert not Path("executed").exists()
 
 
-def test_ctrl_c_and_a_full_memory_are_one_line_with_the_remedy(capsys, monkeypatch):
+def test_ctrl_c_and_full_memory_give_one_line_with_the_remedy(capsys, monkeypatch):
     def broken(self, *args):
         raise error
 
@@ -1126,7 +1126,7 @@ def test_ctrl_c_and_a_full_memory_are_one_line_with_the_remedy(capsys, monkeypat
     assert "out of memory: use a smaller --batch-size" in fails([*TINY, "--out", "two"], capsys)
 
 
-def test_auto_takes_bf16_where_the_hardware_has_it(monkeypatch):
+def test_amp_auto_is_bf16_where_the_hardware_supports_it(monkeypatch):
     for native, dtype in ((["amx_bf16"], torch.bfloat16), (["avx512_bf16"], torch.bfloat16), ([], None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(native, True), raising=False)
         assert train.amp_dtype("auto", torch.device("cpu")) == dtype
@@ -1150,7 +1150,7 @@ def test_under_amp_the_network_computes_in_that_dtype_and_the_weights_stay_float
     assert features.dtype == torch.float32
 
 
-def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
+def test_on_several_gpus_BN_is_synchronized(monkeypatch):
     """On a CPU, with stand-ins for the GPU."""
     args = args_of(*TINY)
     images, _ = train.load_data(args)
@@ -1167,7 +1167,7 @@ def test_on_several_gpus_BN_is_over_the_whole_batch(monkeypatch):
         assert all(isinstance(m, nn.SyncBatchNorm) == (args.device == "cuda") for m in layers)
 
 
-def test_each_process_has_its_own_gpu_and_gloo_beside_nccl(monkeypatch):
+def test_each_process_uses_its_own_gpu_with_nccl_and_gloo(monkeypatch):
     for name, value in dict(WORLD_SIZE="8", LOCAL_RANK="1", TORCHELASTIC_RESTART_COUNT="3").items():
         monkeypatch.setenv(name, value)
     called = []
@@ -1239,7 +1239,7 @@ def test_two_processes_of_torchrun_average_gradients_and_share_one_evaluation(to
     assert f"before training: erank {erank:.1f}  kNN {knn:.1%}" in Path("out").read_text()
 
 
-def test_torchrun_restarts_after_kill_9_and_loses_no_bit(torchrun, monkeypatch):
+def test_torchrun_restarts_after_kill_9_and_the_result_is_bit_identical(torchrun, monkeypatch):
     process, folder = torchrun
     monkeypatch.chdir(folder)
     assert process.wait(timeout=120) == 0 and "exitcode: -9" in Path("out").read_text()
@@ -1266,7 +1266,7 @@ def backbone_of(run):
     return net
 
 
-def test_kNN_counts_images_by_the_backbones_features_or_by_the_pixels_and_names_the_worst_classes(
+def test_kNN_votes_by_features_or_by_pixels_and_reports_the_worst_classes(
     pretrained, monkeypatch, capsys
 ):
     images, test = train.load_data(evaluation.get_args(["run"])[0])
@@ -1287,7 +1287,7 @@ def test_kNN_counts_images_by_the_backbones_features_or_by_the_pixels_and_names_
     assert shown == expected and [*shown.values()] == sorted(expected.values())
 
 
-def test_a_run_brings_its_settings_and_flags_override_them(capsys):
+def test_settings_come_from_the_run_and_flags_override_them(capsys):
     flags = "--epochs 1 --image-size 24 --mean .1 .2 .3 --std .4 .5 .6 --min-scale 0.3 --holdout --seed 5"
     train.main([*TINY, *flags.split(), "--out", "run"])
     args, _ = evaluation.get_args(["run"])
@@ -1300,7 +1300,7 @@ def test_a_run_brings_its_settings_and_flags_override_them(capsys):
 
 
 @pytest.mark.parametrize("task", ["knn", "linear", "linear --augment", "finetune"])
-def test_protocols_learn_from_the_training_set_only_and_judge_each_image_alone(task, monkeypatch, capsys):
+def test_protocols_train_on_the_training_set_and_classify_images_independently(task, monkeypatch, capsys):
     load_data, scores = train.load_data, []
     for part in (slice(0, 100), slice(100, 200), slice(0, 200), None):
 
@@ -1324,7 +1324,7 @@ def test_protocols_learn_from_the_training_set_only_and_judge_each_image_alone(t
 
 
 @pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune", "finetune --untrained"])
-def test_a_probe_changes_nothing_fine_tuning_all_weights_and_training_from_scratch_BN_too(
+def test_a_probe_changes_no_weight_fine_tuning_all_and_training_from_scratch_BN_too(
     task, pretrained, monkeypatch, capsys
 ):
     backbones, load_backbone = [], evaluation.load_backbone
@@ -1401,7 +1401,7 @@ def test_crops_for_supervised_training_are_standardized_flipped_and_new_in_every
     assert [len(i) for i, _ in evaluation.plan(photos, 40, args)[0]] == [40] * 3  # few images are repeated
 
 
-def test_few_labels_are_that_many_of_each_class_and_others_with_another_seed():
+def test_few_labels_are_n_per_class_and_depend_on_the_seed():
     images, _ = train.load_data(args_of())
     chosen = evaluation.few_labels(images, 3, seed=0)
     assert images.labels[chosen].bincount().tolist() == [3] * 10 and len(set(chosen.tolist())) == 30
@@ -1449,7 +1449,7 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
 
 
 @pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune"])
-def test_a_saved_classifier_names_images_as_it_did_the_test_images(task, pretrained, capsys):
+def test_a_saved_classifier_predicts_as_it_did_when_it_was_trained(task, pretrained, capsys):
     _, share = evaluate(capsys, "run", *task.split(), "--epochs", 2, "--save", "classifier.pt")
     _, test = train.load_data(evaluation.get_args(["run"])[0])
     files = [f"{i:03}.png" for i in range(200)]
@@ -1482,7 +1482,7 @@ def test_a_saved_classifier_of_a_CIFAR_stem_ResNet_loads_and_a_class_without_ima
     assert evaluate(capsys, "classifier.pt", "predict", "bright.png")[0].startswith("bright.png\t2\t")
 
 
-def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys):
+def test_both_scripts_read_files_of_the_authors_and_of_torchvision(capsys):
     """The authors' have module.encoder.*, the projector as encoder.fc.0 to fc.7, and module.predictor.*."""
     net = torchvision.models.resnet18()
     expected = {name: x for name, x in net.state_dict().items() if not name.startswith("fc.")}
@@ -1509,7 +1509,7 @@ def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys
 
 @pytest.mark.parametrize("words, told", [
     ("--epochs 0", "argument --epochs: invalid int, 1 or more, value: '0'"),
-    ("--batch-size 600", "textures has 500 images, below --batch-size 600: use that many"),
+    ("--batch-size 600", "textures has 500 images, fewer than --batch-size 600: lower it"),
     ("--warmup-epochs 20", "must be below --epochs"),
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
     ("--eta-momentum 0.8 --pairs 2", "without --alternate, --pairs"),
@@ -1525,7 +1525,7 @@ def test_files_of_the_authors_and_of_torchvision_are_read_by_both_scripts(capsys
     ("eval run predict", "predict needs image files"),
     ("eval run predict a.png", "is not a classifier: create one with linear --save"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line_that_names_it(words, told, pretrained, capsys):
+def test_a_mistake_gives_one_line_that_names_it(words, told, pretrained, capsys):
     Path("used").mkdir()
     Path("empty").mkdir()
     Path("broken").mkdir()
@@ -1559,17 +1559,17 @@ def test_a_batch_too_large_for_shared_memory_is_refused_before_workers_wait_for_
         train.check_shared_memory(images, 10, workers=1)
 
 
-def test_images_of_one_color_are_one_line_and_a_constant_channel_is_not_divided_by(capsys):
+def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(capsys):
     for i in range(8):
         write_image(Path(f"gray/{i}.png"), [90, 90, 90])
         write_image(Path(f"green/{i}.png"), [0, 30 * i, 255])
     flags = [*FOLDER, "--recipe", "small"]
-    assert "all images are of one and the same color" in fails(["gray", *flags], capsys)
+    assert "all images have one and the same color" in fails(["gray", *flags], capsys)
     images, _ = train.load_data(args_of("green", *flags))
     assert images.std[0] == images.std[2] == 1e-3 and images.std[1] > 0.1
 
 
-def test_a_folder_with_the_name_of_a_data_set_and_a_slow_choice_are_noted(capsys):
+def test_a_folder_named_like_a_data_set_and_a_slow_choice_are_reported(capsys):
     Path("textures").mkdir()
     args_of("textures")
     assert "write ./textures" in capsys.readouterr().out
@@ -1581,7 +1581,7 @@ def test_a_folder_with_the_name_of_a_data_set_and_a_slow_choice_are_noted(capsys
 # README
 
 
-def test_readme_names_no_flag_that_the_scripts_do_not_have():
+def test_the_readme_uses_only_existing_flags():
     parsers = [train.build_parser("", own) for own in (train.add_training_flags, evaluation.add_flags)]
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (HERE / "README.md").read_text()))
@@ -1589,7 +1589,7 @@ def test_readme_names_no_flag_that_the_scripts_do_not_have():
     assert not {flag for flag in named - known if not flag.startswith(torchrun)}
 
 
-def test_readme_loads_a_backbone_as_written(pretrained):
+def test_the_readmes_code_loads_a_backbone(pretrained):
     code = re.search("```python\n(import torch, simsiam.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     names = dict(x=torch.rand(16, 3, 32, 32))
     exec(code.replace("runs/textures", "run"), names)

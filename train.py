@@ -50,7 +50,7 @@ from simsiam import (
 # Recipes: the default flags for each data set. The learning rate is base_lr * batch_size / 256.
 
 IMAGENET = dict(  # Sec. 3
-    arch="resnet50", stem="imagenet", width=16, image_size=224,  # width: of our two small networks only
+    arch="resnet50", stem="imagenet", width=16, image_size=224,  # width: only for our two small networks
     layers=3, hidden=2048, dim=2048,  # of the projector
     epochs=100, batch_size=512, base_lr=0.05, weight_decay=1e-4,
     min_scale=0.2,  # smallest crop, as a fraction of the image's area (App. A)
@@ -160,7 +160,7 @@ class Trainer:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state_dict, which is always that of the end of an epoch. Exits if the data changed."""
+        """Restores a state_dict, always saved at the end of an epoch. Exits if the data has changed."""
         if state["fingerprint"] != self.fingerprint:
             fail(f"{self.args.data} has changed since the run started: restore it, or start a new run")
         self.model.load_state_dict(state["model"])
@@ -182,13 +182,13 @@ def two_views(batch: Tensor, size: int, args: argparse.Namespace) -> tuple[Tenso
     if x.ndim == 5:
         views = recolor(x.transpose(0, 1).flatten(0, 1), args.blur)
     else:
-        # Both views in one call, which costs less than two. Every image draws its own parameters anyway.
+        # One call for both views is faster than two. The parameters are random for every image anyway.
         views = augment(torch.cat([x, x]), size, args.min_scale, args.blur)
     return views.chunk(2)
 
 
 def normalize(x: Tensor, images: "Images") -> Tensor:
-    """x (N, 3, H, W) in [0, 1], standardized per channel, in channels-last layout."""
+    """Returns x, (N, 3, H, W) in [0, 1], standardized per channel and in channels-last layout."""
     mean, std = torch.tensor([images.mean, images.std]).to(x.device).view(2, 3, 1, 1)
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -206,7 +206,7 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int) -
 
 
 def build_optimizer(model: SimSiam, peak_lr: float, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD with momentum (Sec. 3). The encoder's lr decays, the predictor's does not (Table 1c)."""
+    """SGD with momentum (Sec. 3). The encoder's lr decays; the predictor's does not (Table 1c)."""
     # Weight decay applies to everything, including biases and BN (App. A).
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]
     groups = [
@@ -237,7 +237,7 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
     """Trains from the checkpoint, or from scratch, to the last epoch. Exits if a batch cannot be filled."""
     images, test = load_data(args)
     if len(images) < args.batch_size:
-        fail(f"{args.data} has {len(images)} images, below --batch-size {args.batch_size}: use that many")
+        fail(f"{args.data} has {len(images)} images, fewer than --batch-size {args.batch_size}: lower it")
     args.mean, args.std = images.mean, images.std  # measured unless given; saved with the checkpoint
     trainer = Trainer(args, images)
     check_shared_memory(images, args.pairs * args.batch_size // trainer.world_size, args.workers)
@@ -355,7 +355,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
 
 
 def default_k(labels: Tensor) -> int:
-    """k of kNN: 200, as the authors use, but at most the size of the smallest class (else it is outvoted)."""
+    """k of kNN: the authors' 200, but at most the size of the smallest class, which would be outvoted."""
     return min(200, int(labels.unique(return_counts=True)[1].min()))
 
 
@@ -389,7 +389,7 @@ def extract_features(
 
 
 # ------------------------------------------------------------------------------------------------
-# Two variants from Sec. 5.2: other targets for the predictions than z itself
+# Two variants from Sec. 5.2, in which the targets of the predictions are not z itself
 
 
 class Targets(nn.Module):
@@ -409,7 +409,7 @@ class Targets(nn.Module):
     def forward(
         self, step: int, indices: Tensor, model: SimSiam, x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the replacements of z1 and z2, (N, d) each. indices: (N,), of the images."""
+        """Returns the replacements of z1 and z2, (N, d) each. indices: those of the images, (N,)."""
         if self.old is not None:
             if step % self.every == 0:
                 self.old.load_state_dict(model.state_dict())
@@ -437,7 +437,7 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, source: Source, labels: Tensor | None, classes: list[str], args: argparse.Namespace):
         self.source = source
-        self.labels = labels if len(classes) > 1 else None  # one class is no label: kNN would always be right
+        self.labels = labels if len(classes) > 1 else None  # with one class, kNN is always right
         self.classes = classes
         self.mean = args.mean
         self.std = args.std
@@ -483,7 +483,7 @@ class Images(torch.utils.data.Dataset):
         return part
 
     def fingerprint(self) -> list[int]:
-        """The number of images and a checksum, by which --resume notices that the data has changed."""
+        """The number of images and a checksum, so that --resume detects changed data."""
         if isinstance(self.source, Tensor):
             return [len(self), zlib.crc32(self.source.numpy())]
         return [len(self), seed_of([Path(path).name for path in self.source])]
@@ -514,13 +514,13 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
 
 
 def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
-    """Means and standard deviations, in [0, 1], of the channels, of up to 1,000 files. Exits if all are 0."""
+    """Channel means and standard deviations, in [0, 1], of up to 1,000 files. Exits if all stds are 0."""
     sample = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()
     pixels = images.source if isinstance(images.source, Tensor) else images.plain(sample)
     stats = [torch.std_mean(pixels[:, channel].float() / 255, correction=0) for channel in range(3)]
     stds, means = ([x.item() for x in column] for column in zip(*stats))
     if max(stds) == 0:
-        fail("all images are of one and the same color: nothing can be learned from them")
+        fail("all images have one and the same color, so there is nothing to learn: check the files")
     return means, [max(std, 1e-3) for std in stds]  # a constant channel has a standard deviation of 0
 
 
@@ -542,7 +542,7 @@ def load_npz(path: str) -> list[Part]:
     """MedMNIST's format: train_images, train_labels, test_images, test_labels; all but the first optional.
 
     Images are uint8, (N, H, W) or (N, H, W, 3); labels are integers, (N,) or (N, 1), one per image.
-    Exits if images are not uint8, or if a label is negative, as those of STL-10's unlabeled images are.
+    Exits if images are not uint8, or if a label is negative (in STL-10, -1 means unlabeled).
     """
     parts = []
     with np.load(path) as arrays:  # does not load pickles
@@ -566,7 +566,7 @@ def load_folder(root: Path, size: int) -> list[Part]:
     """Images below a folder: root/train/CLASS/ and root/val/CLASS/ (or test/); or root/CLASS/; or root/.
 
     Images directly in root/train/ (or in root/, if there is no train/) mean that there are no labels.
-    Unreadable files are skipped, a test folder that does not fit is not used. Exits if no image is found.
+    Unreadable files are skipped, and so is a test folder with other classes. Exits if no image is found.
     """
     if not root.is_dir():
         fail(f"{root} is neither a data set ({', '.join(DATASETS)}) nor a folder nor an .npz file")
@@ -595,7 +595,7 @@ def load_folder(root: Path, size: int) -> list[Part]:
 
 
 def read_files(paths: list[str], size: int) -> tuple[Source, Tensor]:
-    """The M readable ones of N files, (M, 3, size, size) if size is 64 or less, else their paths.
+    """Reads N files. Returns the M readable ones, (M, 3, size, size), or above 64 pixels their paths.
 
     Also returns a mask (N,) of the readable files. Exits if there is none. All files are decoded once at the
     start, because a damaged one would otherwise end the training later.
@@ -658,7 +658,7 @@ def center_crop(images: Tensor, size: int) -> Tensor:
 
 
 def schedule(n: int, batch: int, seed: int, steps: range, pairs: int = 1) -> Iterator[tuple[Tensor, str]]:
-    """For every step the indices of this process, (pairs * batch / world_size,), and a seed for the crops.
+    """Yields this process's indices for each step, (pairs * batch / world_size,), and a seed for the crops.
 
     An epoch is a permutation of all n images, the same in every process. The last n % batch are dropped.
     """
@@ -675,8 +675,8 @@ def make_loader(images: Images, requests: Any, workers: int) -> torch.utils.data
     """A loader of (uint8 batch, indices) for each of the requests, in their order."""
     return torch.utils.data.DataLoader(
         images,
-        sampler=requests,  # __getitem__ is called with a request,
-        batch_size=None,  # which is for a whole batch already
+        sampler=requests,  # each request is passed to __getitem__
+        batch_size=None,  # because a request already asks for a whole batch
         num_workers=0 if isinstance(images.source, Tensor) else workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -756,12 +756,12 @@ def build_parser(description: str, add_own_flags: Callable[..., None]) -> argpar
     flag = parser.add_argument_group("images and backbone").add_argument
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, small-resnet or any torchvision ResNet")
     flag("--stem", choices=["imagenet", "cifar"], help="ResNet stem: imagenet for 224 pixels, cifar for 32")
-    flag("--width", type=number(int, 1), metavar="N", help="first layer of convnet and small-resnet")
+    flag("--width", type=number(int, 1), metavar="N", help="channels of the first layer of our networks")
     flag("--image-size", type=number(int, 8), metavar="PIXELS", help="side of an image")
     flag("--mean", type=float, nargs=3, metavar="X", help="channel means (default: measured, or ImageNet's)")
     flag("--std", type=float, nargs=3, metavar="X", help="channel standard deviations")
     flag("--data-dir", default="data", metavar="FOLDER", help="CIFAR is downloaded to it (default: data)")
-    holdout = "test on a tenth of the training images (in eval.py, the default is the run's)"
+    holdout = "test on a tenth of the training images (default in eval.py: as in the run)"
     flag("--holdout", action=argparse.BooleanOptionalAction, default=False, help=holdout)
 
     flag = parser.add_argument_group("machine").add_argument
@@ -800,16 +800,16 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("the paper's ablations, all off by default").add_argument
     flag("--no-stop-gradient", action="store_true", help="remove the stop-gradient: collapse (Fig. 2)")
-    flag("--predictor", choices=["mlp", "none", "fixed"], default="mlp", help="Table 1a and b")
+    flag("--predictor", choices=["mlp", "none", "fixed"], default="mlp", help="Table 1a: none; 1b: fixed")
     flag("--decay-predictor-lr", action="store_true", help="cosine decay for the predictor too (Table 1)")
     flag("--predictor-hidden", type=number(int, 1), metavar="N", help="default: --dim / 4 (App. B)")
-    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="heads: Table 3")
+    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="in heads (Table 3)")
     flag("--affine", action="store_true", help="learn scale and shift in the BN on z (Sec. 4.4)")
-    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="Sec. 4.5")
+    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="D (Sec. 4.5)")
     flag("--asymmetric", action="store_true", help="use one direction only, D(p1, z2) (Sec. 4.6)")
     flag("--pairs", type=number(int, 1), default=1, metavar="N", help="view pairs per image (Sec. 4.6)")
     flag("--alternate", type=number(int, 1), default=1, metavar="N", help="steps per target net (Sec. 5.2)")
-    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="mean targets (Sec. 5.2)")
+    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="averaged target (Sec. 5.2)")
 
     flag = parser.add_argument_group("reports and checkpoints").add_argument
     flag("--knn-every", type=number(int, 0), metavar="N", help="epochs between kNN evaluations; 0: never")
