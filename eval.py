@@ -7,9 +7,9 @@
     python eval.py checkpoint_0099.pth.tar --data IMAGENET   # the SimSiam authors' released checkpoints
     python eval.py pixels --data cifar10 knn                 # raw pixels, for comparison
 
-Features are the backbone's, frozen and in eval mode: a probe that leaves BatchNorm in training mode changes
-the network that it measures. Accuracy is over all test images after the last epoch; reporting the best
-epoch would mean selecting on the test set. `bank` is always the features of the training images, (M, D).
+Features come from the frozen backbone in eval mode, because BatchNorm in training mode would change the
+network that is measured. Accuracy is over all test images after the last epoch; reporting the best epoch
+would mean selecting on the test set. `bank` is always the features of the training images, (M, D).
 """
 
 import argparse
@@ -65,7 +65,7 @@ def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
 def plan(
     train: Images, batch: int, args: argparse.Namespace
 ) -> tuple[list[tuple[Tensor, str]], list[Tensor]]:
-    """Returns for every step indices (batch,) with a seed, and labels (batch,). Repeats very small sets."""
+    """Returns (indices, seed) and labels of all steps, (batch,) each. Repeats sets smaller than a batch."""
     repeated = torch.arange(len(train)).repeat(math.ceil(batch / len(train)))
     steps = range(args.epochs * (len(repeated) // batch))
     requests = [(repeated[i], seed) for i, seed in schedule(len(repeated), batch, args.seed, steps)]
@@ -89,7 +89,7 @@ def fit(
 ) -> None:  # fmt: skip
     """Trains the model on batches and their targets, (B,) each, by SGD with cosine decay of the lr.
 
-    No weight decay. clip: largest norm of the gradient. after_step: called with the number of steps done.
+    No weight decay. clip: maximum gradient norm. after_step: called with the number of steps done.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=peak_lr, momentum=0.9)
@@ -105,8 +105,8 @@ def fit(
 
 def new_head(bank: Tensor, classes: int, seed: int) -> nn.Sequential:
     """A linear classifier, (N, D) to (N, classes), on features standardized like the bank, (M, D)."""
-    # Standardizing does not change what a linear classifier can express, but one learning rate then suits
-    # every network: an untrained one's features are hundreds of times smaller, hence the tiny eps too.
+    # Standardizing does not make a linear classifier more expressive, but lets one learning rate suit
+    # every network. An untrained network's features are hundreds of times smaller, so eps is tiny too.
     standardize = nn.BatchNorm1d(bank.shape[1], affine=False, eps=1e-12).eval()
     variance, mean = torch.var_mean(bank, dim=0, correction=0)
     standardize.running_mean = mean.cpu()
@@ -151,7 +151,7 @@ def finetune(
     fit(head, (bank[indices] for indices, _ in steps), targets, batch / 256)
 
     model = nn.Sequential(backbone.requires_grad_(True), head)
-    # BN keeps the statistics of the pretraining, because ten labeled images give worse ones. An untrained
+    # BN keeps its statistics from pretraining, because few labeled images give worse ones. An untrained
     # network has none to keep, and the head's standardization has to follow its changing features.
     model.train(mode=args.untrained)
 
@@ -162,7 +162,7 @@ def finetune(
             epoch = round(step * args.epochs / len(steps))
             print(f"  epoch {epoch}/{args.epochs}: top-1 {accuracy:.2%}", flush=True)
 
-    # Gradients are clipped: pretraining leaves the weights so small that this lr would be far too large.
+    # Gradients are clipped, because this lr would be far too large for the small pretrained weights.
     crops = cropped_batches(train, steps, args)
     fit(model, crops, targets, base_lr * batch / 256, clip=1.0, after_step=report)
     model.eval().requires_grad_(False)
@@ -179,9 +179,9 @@ def evaluate(args: argparse.Namespace) -> None:
     check_shared_memory(train, args.batch_size or 256, args.workers)
     backbone = load_backbone(args)
     options = dict(device=args.device, workers=args.workers)
-    if test is None or train.labels is None or test.labels is None:
+    if test is None:
         if not args.features or args.task:
-            fail(f"{args.data} has no labeled test images: use --holdout, or without labels --features FILE")
+            fail(f"{args.data} has no labeled test images: use --holdout, or --features FILE and no task")
         torch.save(dict(train=extract_features(backbone, train, **options).cpu()), args.features)
         return
     if args.labels_per_class:
@@ -225,7 +225,7 @@ def print_accuracy(name: str, correct: Tensor, test: Images) -> None:
 
 
 def save_neighbors(path: Path, train: Images, test: Images, bank: Tensor, features: Tensor) -> None:
-    """Draws ten test images, each beside its eight nearest training images, green if the class is right."""
+    """Draws ten test images, and their eight nearest training images framed green (same class) or red."""
     shown = torch.linspace(0, len(test) - 1, min(10, len(test))).long()
     nearest = (unit(features[shown]) @ unit(bank).T).topk(min(8, len(bank)), dim=1).indices.cpu()
     tiles = []
@@ -236,7 +236,7 @@ def save_neighbors(path: Path, train: Images, test: Images, bank: Tensor, featur
     try:
         save_image(torch.stack(tiles), path, nrow=nearest.shape[1] + 1, pad_value=1)
         print(f"wrote {path}")
-    except OSError as error:  # the run may be somebody else's, and the numbers matter more
+    except OSError as error:  # the folder may be read-only; the accuracy is still printed
         print(f"{path} cannot be written ({error})")
 
 
@@ -249,7 +249,7 @@ def framed(image: Tensor, color: str) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# A classifier to keep
+# Saving and using a classifier
 
 
 def save_classifier(args: argparse.Namespace, backbone: nn.Module, head: nn.Module, train: Images) -> None:
@@ -290,30 +290,30 @@ FROM_CHECKPOINT = ("arch", "stem", "width", "image_size", "mean", "std", "min_sc
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of eval.py, with those that matter most first."""
+    """Adds the flags of eval.py, the most important first."""
     flag = parser.add_argument
-    flag("checkpoint", metavar="CHECKPOINT", help="a run's folder, a file, or the word 'pixels'")
+    flag("checkpoint", metavar="CHECKPOINT", help="a run's folder, a checkpoint file, or 'pixels'")
     tasks = ["knn", "linear", "finetune", "predict"]
     flag("task", nargs="?", choices=tasks, help="default: knn, then linear")
     flag("images", nargs="*", metavar="IMAGE", help="for predict: image files")
-    flag("--data", type=full_name, help="as in train.py (default: the run's)")
+    flag("--data", type=full_name, help="data set, as in train.py (default: the run's data set)")
     flag("--untrained", action="store_true", help="the same network, randomly initialized from --seed")
     flag("--labels-per-class", type=number(int, 1), metavar="N", help="use only N labeled images per class")
     flag("--save", metavar="FILE", help="write the classifier of linear or finetune, for predict")
-    flag("--features", metavar="FILE", help="write features and labels (of finetune: tuned ones)")
+    flag("--features", metavar="FILE", help="write features and labels (finetune: after fine-tuning)")
 
     flag = parser.add_argument_group("protocols").add_argument
-    flag("--k", type=number(int, 1), metavar="N", help="neighbors that vote (default: 200, or less)")
+    flag("--k", type=number(int, 1), metavar="N", help="neighbors (default: 200, or smallest class)")
     flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="kNN (default: 0.2)")
     flag("--augment", action="store_true", help="linear probe with random crops and SGD, lr 30 (App. A)")
     flag("--epochs", type=number(int, 1), default=90, metavar="N", help="training epochs (default: 90)")
     flag("--batch-size", type=number(int, 2), metavar="N", help="default: 256 for linear, 64 for finetune")
-    flag("--base-lr", type=number(float, 0), metavar="X", help="lr for 256 images (linear: 1, finetune: 0.1)")
-    flag("--min-scale", type=number(float, 0.01), metavar="X", help="smallest crop (run's; --augment: 0.08)")
+    flag("--base-lr", type=number(float, 0), metavar="X", help="lr at batch 256 (linear 1, finetune 0.1)")
+    flag("--min-scale", type=number(float, 0.01), metavar="X", help="smallest crop (--augment: 0.08)")
 
 
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The arguments, with defaults from the checkpoint; and the checkpoint's content."""
+    """Returns the arguments, with defaults from the checkpoint, and the checkpoint's contents."""
     parser = build_parser("Evaluate features by kNN, linear probe or fine-tuning.", add_flags)
     args = parser.parse_intermixed_args(argv)
     checkpoint = {} if args.checkpoint == "pixels" else read_checkpoint(args.checkpoint)
@@ -331,9 +331,9 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
         if file and (os.path.exists(file) or not Path(file).absolute().parent.is_dir()):
             fail(f"{file} exists, or its folder does not: choose a new file in an existing folder")
     if args.save and (args.checkpoint == "pixels" or args.task == "knn"):
-        fail("--save keeps a network with its classifier: use it with a checkpoint, for linear or finetune")
+        fail("--save needs a network and a classifier: use a checkpoint, with linear or finetune")
     if (args.task == "predict") != bool(args.images):
-        fail("predict needs image files, and no other task takes any")
+        fail("predict needs image files; other tasks take none")
     return args, checkpoint
 
 

@@ -43,15 +43,18 @@ Usage. This example runs as it is, on random images:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = model.backbone.eval()(x)                              # (8, 512)
+    features = model.backbone.eval()(x)                              # (8, 512); standardize x here too
+
+In a long training, let the encoder's lr decay by a cosine, and keep the predictor's constant (Table 1c). On
+several GPUs, convert the model with SyncBatchNorm (Sec. 3).
 
 Differences from the authors' code and from the paper (skip these on a first reading):
   - The stop-gradient is inside D, as in Eq. 3, not in forward(), so copying the loss is enough.
   - The projector's hidden width is an argument, 2048 by default as in the paper. In the authors' code it is
     the length of the backbone's features, which would be 512 for a ResNet-18.
   - The cosine is computed in float32 or better, also under autocast.
-  - The projector's last Linear has no bias. The authors' has a frozen one, which the BN after it cancels.
-  - The BN on z has no learned scale and shift. Sec. 4.4 and the authors' code agree; Sec. 3 has them.
+  - The projector's last Linear has no bias. In the authors' code, the bias is frozen; the BN cancels it.
+  - The BN on z has no learned scale and shift, as in Sec. 4.4 and the authors' code but not in Sec. 3.
 Accuracies below are ImageNet linear top-1 after 100 epochs, from the paper. The full method has 67.7 % if
 the predictor's learning rate decays (Fig. 2, Table 1), 68.1 % if it does not (Tables 1c to 3), and 68.2 %
 if the BN on z also has no scale and shift (Sec. 4.4).
@@ -96,22 +99,20 @@ def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     return -(z.softmax(dim=-1) * p.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
-def D(
-    p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine
-) -> Tensor:
-    """Loss of the predictions p for the targets z, (N, d) each, with z held constant (Eq. 3). A scalar."""
+def D(p: Tensor, z: Tensor, stop_gradient: bool = True, similarity: Similarity = negative_cosine) -> Tensor:
+    """Loss, a scalar, of predictions p for targets z, (N, d) each; z is constant by default (Eq. 3)."""
     # The detach below is the core of the paper. z is the target and is treated as a constant, so the
     # encoder gets its gradient through p only. Without the detach, the gradient also pulls z towards p, and
     # the quickest way to a low loss is to map every image to the same vector. The loss soon reaches -1, and
     # the features are worthless. ImageNet top-1 is 67.7 % with the detach and 0.1 % without it (Fig. 2).
     #
     # The predictor is needed as well. Without it, both terms of the symmetrized loss are D(z1, z2) with one
-    # side held constant. Together they have exactly half the gradient of D(z1, z2) without any detach, and
-    # training collapses all the same. So does the asymmetric loss without h (Sec. 4.2, Table 1a).
+    # side held constant. Together they have exactly half the gradient of D(z1, z2) without any detach,
+    # so training collapses as well. The asymmetric loss also fails without h (Sec. 4.2, Table 1a).
     #
-    # Why does it work? Sec. 5 offers a hypothesis: as in k-means or EM, two sets of unknowns are solved for
-    # in turn, the weights and one target vector per image, each with the other held fixed. Then the detach
-    # is natural. The paper leaves open why this alternation does not end in a constant (Sec. 5.3).
+    # Why does it work? Sec. 5 offers a hypothesis: as in k-means or EM, two sets of variables are
+    # optimized alternately, the weights and one target vector per image. The detach holds the targets fixed
+    # while the weights are updated. The paper leaves open why this does not collapse (Sec. 5.3).
     if stop_gradient:
         z = z.detach()
     return similarity(p, z)
@@ -124,20 +125,18 @@ def simsiam_loss(
     """The symmetrized loss of Eq. 4: a scalar. All of p1, p2, z1, z2 are (N, d).
 
     Note the crossing: the prediction from view 1 is compared with the projection of view 2. D(p1, z1) would
-    compare a view with itself; h could learn the identity, and the loss would fall without anything being
-    learned.
+    compare a view with itself; h could learn the identity, and the loss would fall although f learns
+    nothing.
     """
-    # Each view serves once as the source and once as the target. One direction alone also works, with 64.8
-    # instead of 68.1 %, but it makes half as many predictions per image (Sec. 4.6).
+    # Each view serves once as source and once as target. One direction alone also works: 64.8 instead
+    # of 68.1 %, from half as many predictions per image (Sec. 4.6).
     if not symmetric:
         return D(p1, z2, stop_gradient, similarity)
     return D(p1, z2, stop_gradient, similarity) / 2 + D(p2, z1, stop_gradient, similarity) / 2
 
 
 # ------------------------------------------------------------------------------------------------
-# The encoder f = backbone + projector, and the predictor h. `bn` says which layers of the two MLP heads
-# have batch normalization, as in the rows of Table 3: "none", "hidden", "default" (all but the output of h)
-# or "all".
+# The encoder f = backbone + projector, and the predictor h. `bn` selects a row of Table 3 (see SimSiam).
 
 
 def convnet(width: int) -> nn.Sequential:
@@ -223,15 +222,15 @@ def linear_bn_relu(
 def build_projector(
     feature_dim: int, hidden: int, dim: int, layers: int, bn: str = "default", affine: bool = False
 ) -> nn.Sequential:
-    """The projection MLP of Sec. 3, (N, feature_dim) to (N, dim), of `layers` layers."""
+    """The projection MLP of Sec. 3 with `layers` layers: (N, feature_dim) to (N, dim)."""
     mlp: list[nn.Module] = []
     fan_in = feature_dim
     for _ in range(layers - 1):
-        # BN in the hidden layers makes training work: 34.6 % without any BN, 67.4 % with it (Table 3a, b).
+        # BN in the hidden layers raises the accuracy from 34.6 % (no BN at all) to 67.4 % (Table 3a, b).
         mlp += linear_bn_relu(fan_in, hidden, bn=bn != "none")  # (N, hidden)
         fan_in = hidden
-    # BN on the output as well: 68.1 % (Table 3c). Learned scale and shift are not needed: 68.2 % without
-    # (Sec. 4.4). No ReLU, because z may point in any direction.
+    # BN on the output too gives 68.1 % (Table 3c), and 68.2 % without learned scale and shift (Sec. 4.4).
+    # No ReLU, because z may point in any direction.
     mlp += linear_bn_relu(fan_in, dim, bn=bn in ("default", "all"), affine=affine, relu=False)  # (N, d)
     return nn.Sequential(*mlp)
 
@@ -239,13 +238,13 @@ def build_projector(
 def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential:
     """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck."""
     # Sec. 5.1: ideally the target would be the mean of z over all augmentations, but a step samples only
-    # one of them. h learns to predict that mean. A constant learning rate suits it best, because it has to
-    # keep up with the latest representations (Sec. 4.2, Table 1c).
+    # one of them; h may learn that mean. A constant learning rate works best, because h should adapt to
+    # the latest representations (Sec. 4.2, Table 1c).
     return nn.Sequential(
         # A bottleneck: with a hidden layer as wide as the output, training can be less stable (App. B).
         *linear_bn_relu(dim, hidden, bn=bn != "none"),  # (N, hidden)
-        # No BN and no ReLU here. With BN on this output, training is unstable: the loss oscillates, but
-        # there is no collapse (Table 3d).
+        # No BN and no ReLU here. With BN on this output, training is unstable but does not collapse: the
+        # loss oscillates (Table 3d).
         *linear_bn_relu(hidden, dim, bn=bn == "all", relu=False),  # (N, d)
     )
 
@@ -253,13 +252,13 @@ def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential
 class SimSiam(nn.Module):
     """Encoder f = projector(backbone(x)) and predictor h, for two views at a time (Sec. 3).
 
-    backbone: any module that maps images to (N, feature_dim): from build_backbone, from timm, your own.
+    backbone: any module that maps images to (N, feature_dim), from build_backbone, timm or elsewhere.
     dim: d, the length of z and p; 2048 gives 68.1 %, 1024 67.5, 512 67.2, 256 65.3 (App. B).
     hidden: width of the projector's hidden layers.
     layers: 3 on ImageNet (Sec. 3), 2 on CIFAR-10 (App. D).
     predictor_hidden: width of the bottleneck of h, by default dim // 4 (App. B).
-
-    bn: BN in the heads (see above). affine: learned scale and shift in the BN on z (Sec. 4.4).
+    bn: layers of the heads that have BN: "none", "hidden", "default" (all but the output of h) or "all".
+    affine: learned scale and shift in the BN on z (Sec. 4.4).
     Raises ValueError for an unknown bn.
     """
 
@@ -286,22 +285,23 @@ class SimSiam(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Augmentation (App. A), of a whole batch at a time and on its device, which is fast. Random parameters are
+# Augmentation (App. A). It processes a whole batch on the batch's device, which is fast. Parameters are
 # drawn for each image, except the order of the color jitter. x is always (N, 3, H, W), float, in [0, 1].
 
 
 def augment(x: Tensor, size: int, min_scale: float = 0.2, blur_probability: float = 0.5) -> Tensor:
     """One random view of each image, (N, 3, size, size) in [0, 1]. Call it twice for two views.
 
+    x: (N, 3, H, W), float32 in [0, 1], not standardized. Call this function outside of autocast.
     size: side in pixels, 7 or more if there is blur.
-    min_scale: area of the smallest crop, as a fraction of the image's.
-    blur_probability: 0.5 is from the authors' code, not from the paper; CIFAR-10 has 0 (App. D).
+    min_scale: area of the smallest crop, as a fraction of the image area.
+    blur_probability: 0.5 is from the authors' code, not from the paper; use 0 for CIFAR-10 (App. D).
     """
     return recolor(crop_and_flip(x, size, min_scale), blur_probability)
 
 
 def recolor(x: Tensor, blur_probability: float = 0.5) -> Tensor:
-    """Color jitter, grayscale and blur, each on a random subset of x, (N, 3, H, W). Changes x in place."""
+    """Applies color jitter, gray and blur to random subsets of x, (N, 3, H, W), in place. Returns x."""
 
     def some(probability: float) -> Tensor:
         """Indices of the images that the next operation applies to."""
@@ -311,8 +311,8 @@ def recolor(x: Tensor, blur_probability: float = 0.5) -> Tensor:
         """n random numbers, (n, 1, 1, 1): one per image, the same for all its pixels."""
         return torch.empty(n, 1, 1, 1, device=x.device).uniform_(low, high)
 
-    # ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8. Its four operations come in a random order, the
-    # same for the whole batch.
+    # ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8. Its four operations are applied in a random
+    # order, which is the same for the whole batch.
     chosen = some(0.8)
     jittered = x[chosen]
     jitter = [(brightness, 0.6, 1.4), (contrast, 0.6, 1.4), (saturation, 0.6, 1.4), (hue, -0.1, 0.1)]
@@ -337,7 +337,7 @@ def crop_and_flip(x: Tensor, size: int, min_scale: float) -> Tensor:
     columns = resize_matrix(left, crop_width, width, size)  # (N, size, W)
     flipped = torch.rand(n, device=x.device) < 0.5
     columns = torch.where(flipped.view(-1, 1, 1), columns.flip(1), columns)
-    # rows @ image @ columns.T for every channel of every image; the first product is one for all channels.
+    # rows @ image @ columns.T per image and channel; image @ columns.T is one product for all channels.
     x = (x.reshape(n, -1, width) @ columns.mT).view(n, channels, height, size)
     return rows.unsqueeze(1) @ x
 
@@ -347,7 +347,7 @@ def random_crops(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """top, left, height and width of n crops, each (n,), with the distribution of RandomResizedCrop.
 
-    Only the fallback differs: if none of ten attempts fits, this takes the whole image.
+    Only the fallback differs: if none of ten attempts fits, the crop is the whole image.
     """
     area = height * width * torch.empty(n, 10, device=device).uniform_(min_scale, 1)
     ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
@@ -371,14 +371,14 @@ def resize_matrix(start: Tensor, length: Tensor, size_in: int, size_out: int) ->
     scale = length / size_out
     center = start + (torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5) * scale
     pixel = torch.arange(size_in, device=start.device) + 0.5
-    # A triangle around the center. When shrinking it is wider than a pixel, which is the antialiasing.
+    # A triangle filter around the center. When shrinking, it is `scale` times wider, for antialiasing.
     weight = (1 - (pixel - center).abs() / scale.clamp_min(1)).clamp_min(0)
     weight = weight * ((pixel > start) & (pixel < start + length))  # nothing from outside the crop
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
 def to_gray(x: Tensor) -> Tensor:
-    """Maps (N, 3, H, W) to (N, 1, H, W), the luma of ITU-R 601 as in torchvision."""
+    """Maps (N, 3, H, W) to (N, 1, H, W), the ITU-R 601 luma, as in torchvision."""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
@@ -405,7 +405,7 @@ def hue(x: Tensor, f: Tensor) -> Tensor:
     red, green, blue = x.unbind(dim=1)  # (N, H, W)
     value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
-    divisor = chroma.clamp_min(1e-6)  # avoids 0 / 0 for gray; its chroma of 0 removes the hue below
+    divisor = chroma.clamp_min(1e-6)  # no 0 / 0 in gray pixels: their chroma of 0 removes the hue below
     sector = torch.where(
         value == red,
         (green - blue).div_(divisor),
@@ -436,8 +436,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Monitors. The loss cannot tell whether features are being learned: a collapsed network has the lowest loss
-# of all.
+# Monitors. The loss does not show whether features are learned: a collapsed network has the lowest
+# loss of all.
 
 
 @torch.no_grad()
@@ -445,12 +445,12 @@ def spread(z: Tensor) -> Tensor:
     """Standard deviation of z / |z| over the batch, times sqrt(d): a scalar in [0, 1]. z is (N, d).
 
     1: as spread out as random directions. 0: all equal, which is collapse (Sec. 4.1, Fig. 2 middle). With
-    BN on z, a collapsed batch keeps about 2 sqrt(N - 1) / N, which is 0.25 for 64 images and 0.09 for 512.
+    BN on z, collapse leaves a spread of about 2 sqrt(N - 1) / N: 0.25 for 64 images and 0.09 for 512.
     """
-    # Why 1: divide a vector of d independent Gaussian entries by its length, about sqrt(d). Each entry then
-    # has a standard deviation of 1 / sqrt(d) (footnote 3). Why not 0 with BN: the z of a batch sum to zero,
-    # so they cannot all point the same way. At most all but one agree, and runs without the stop-gradient
-    # end close to that.
+    # A vector of d independent Gaussian entries has a length of about sqrt(d). Divided by it, each entry
+    # has a standard deviation of 1 / sqrt(d) (footnote 3), so the spread is 1. With BN, the z of a batch
+    # sum to zero, so they cannot all point the same way. At most, all but one of them do, and runs without
+    # the stop-gradient end close to that.
     return unit(z).std(dim=0, correction=0).mean() * z.shape[1] ** 0.5
 
 

@@ -49,8 +49,8 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are small: threads that wait for each other would cost minutes
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
 ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-# A network and a schedule so small that a whole run takes a second. The dtype is always given, because what
-# --amp auto picks depends on the machine.
+# A network and a schedule so small that a whole run takes a second. The dtype is always given, because
+# the dtype of --amp auto depends on the machine.
 TINY = "--amp off --width 2 --dim 16 --hidden 16 --batch-size 100 --epochs 2 --knn-every 0".split()
 TINY += ["--view-scale", "0.5"]
 FOLDER = "--amp off --arch convnet --width 2 --dim 16 --hidden 16 --image-size 16 --batch-size 4".split()
@@ -68,7 +68,7 @@ train.textures = few_textures
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Every test has an empty folder, and the same random numbers."""
+    """Runs every test in an empty folder and with the same random seed."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
@@ -116,7 +116,7 @@ def views_of(t, batch, step, rank=0):
 
 
 def fails(argv, capsys, main=train.main):
-    """The one line that a command ends with; its exit status is 2."""
+    """Checks that a command exits with status 2 and one error line. Returns the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main([str(word) for word in argv])
@@ -182,7 +182,7 @@ def assert_uniform(values, low, high):
 
 
 def assert_unrelated(a, b):
-    """The correlation of n independent pairs has a standard deviation of 1 / sqrt(n); we allow four."""
+    """The correlation of n independent pairs has a std of 1 / sqrt(n); we allow four times that."""
     assert len(a) > 50 and a.double().std() > 0 < b.double().std()
     assert torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].abs() < 4 / math.sqrt(len(a))
 
@@ -202,7 +202,7 @@ def test_stop_gradient_z_gets_no_gradient_and_p_gets_some(similarity):
     assert z1.grad.abs().sum() > 0 and z2.grad.abs().sum() > 0
 
 
-def test_D_is_equation_1_written_out_and_its_gradient_is_that_by_finite_differences():
+def test_D_equals_equation_1_and_its_gradient_equals_finite_differences():
     p, z = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     total = 0.0
     for a, b in zip(p.tolist(), z.tolist()):
@@ -261,7 +261,7 @@ def healthy():
 
 
 def test_with_stop_gradient_the_spread_stays_and_without_it_the_spread_is_lost(healthy):
-    """Fig. 2. With BN on z, the spread of all against one remains (see spread); without that BN, none."""
+    """Fig. 2. With BN on z, some spread remains (see simsiam.spread); without that BN, almost none."""
     loss, spread_ = short_run("--no-stop-gradient")
     assert spread_ < 0.65 < 0.75 < healthy[1] and loss < healthy[0]
     assert short_run("--no-stop-gradient", "--bn", "hidden", seeds=[0])[1] < 0.1
@@ -294,7 +294,7 @@ def test_a_run_warns_of_collapse_once_and_not_if_the_loss_is_the_cross_entropy(c
 
 
 # ------------------------------------------------------------------------------------------------
-# The networks, sentence by sentence
+# The networks, as the paper describes them
 
 LINEAR, BN, RELU = "Linear", "BatchNorm1d", "ReLU"
 
@@ -442,7 +442,7 @@ def test_every_operation_equals_torchvisions_with_one_factor_per_image(name, the
 
 
 def test_jitter_gray_and_blur_have_the_papers_probabilities_and_ranges(monkeypatch):
-    """App. A: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8; gray 0.2; sigma 0.1 to 2, here in half."""
+    """App. A: jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8; gray 0.2; blur (here 0.5): sigma 0.1 to 2."""
     ranges = dict.fromkeys(["brightness", "contrast", "saturation"], (0.6, 1.4))
     ranges |= dict(hue=(-0.1, 0.1), blur=(0.1, 2))
     drawn, orders, out = collections.defaultdict(list), set(), []
@@ -470,7 +470,7 @@ def test_jitter_gray_and_blur_have_the_papers_probabilities_and_ranges(monkeypat
 
 
 def test_the_two_views_are_cropped_and_flipped_independently():
-    """Of a half white image: white's share of a crop, and whether white is on the right."""
+    """In crops of a half-white image: the share of white, and whether white is on the right."""
     image = torch.full((2000, 3, 32, 32), 50, dtype=torch.uint8)
     image[:, :, :, 16:] = 200
     for min_scale in (0.9, 0.2):
@@ -556,7 +556,7 @@ def test_knn_is_the_brute_force_vote():
     default = vote(queries, bank, labels)  # k = 200, T = 0.2: issue 10 of the authors' repository
     assert knn_predict(queries, bank, labels).tolist() == default
     assert knn_predict(queries, bank, labels, chunk_elements=700).tolist() == default
-    for k, temperature in ((150, 0.2), (250, 0.2), (200, 0.1), (200, 0.25)):  # other values would show
+    for k, temperature in ((150, 0.2), (250, 0.2), (200, 0.1), (200, 0.25)):  # these vote differently
         assert vote(queries, bank, labels, k, temperature) != default
     assert knn_predict(bank[:3] * 2, bank[:3], labels[:3]).tolist() == vote(bank[:3], bank[:3], labels[:3])
     assert train.default_k(torch.arange(5000) % 10) == 200
@@ -660,7 +660,7 @@ def test_three_updates_are_sgd_written_out(flags, loss):
         twin.model.load_state_dict(after)  # so that rounding does not add up
 
 
-def test_alternate_keeps_the_targets_of_the_weights_before_k_steps():
+def test_alternate_takes_the_targets_of_k_steps_from_a_copy_made_before_them():
     """Sec. 5.2. The first of k steps is plain SimSiam; in the second, z comes from the older weights."""
     plain, t, old = trainer(), trainer("--alternate", "2"), trainer().model
     steps = batches(t, 3)
@@ -817,7 +817,7 @@ def test_a_folder_that_does_not_fit_is_reported_in_one_line(capsys):
     for name, places in (("loose", ["."]), ("mixed", [".", "album"]), ("deep", ["train", "val"])):
         images, test = load(fill(Path(name), *places))
         assert images.labels is test is None and len(images) == (4 if name == "mixed" else 2)
-        assert "outside class folders" in capsys.readouterr().out
+        assert "is outside a class folder, so all images are used without labels" in capsys.readouterr().out
     assert load(fill(Path("single"), "cat"))[0].labels is None  # one class: kNN would always be right
 
 
@@ -860,7 +860,7 @@ def test_every_kind_of_image_becomes_upright_rgb_on_white():
 
 @SIZES
 def test_images_without_augmentation_are_center_crops_as_on_imagenet(size):
-    """The square, resized to 256 / 224 of the size, of which the center is kept."""
+    """The center square is resized to 256 / 224 of the size, then cropped to the size."""
     write_folder(Path("photos"), parts=["."])
     write_image(Path("photos/dog/thin.png"), torch.randint(256, (3, 2, 900), dtype=torch.uint8))
     images, _ = load("photos", "--image-size", size)
@@ -898,7 +898,7 @@ def test_the_two_crops_of_a_file_differ_and_every_epoch_has_new_ones():
     assert torch.equal(crops, photos.raw(i, "0 0")) and not torch.equal(crops, photos.raw(i, "0 1"))
     red, green = crops[:, :, 0].float().mean(dim=2), crops[:, :, 1].float().mean(dim=3)  # (200, 2, 80)
     wide, high = (red[..., -1] - red[..., 0]) / 255, (green[..., -1] - green[..., 0]) / 255
-    assert 0.4 < (wide < 0).float().mean() < 0.6 and (high > 0).all()  # flipped sideways only
+    assert 0.4 < (wide < 0).float().mean() < 0.6 and (high > 0).all()  # flipped horizontally only
     for mine in ((wide < 0).float(), red.mean(dim=2), green.mean(dim=2)):
         assert_unrelated(mine[:, 0], mine[:, 1])
     assert 0.25 < (wide.abs() * high).min() < 0.4  # --min-scale
@@ -916,7 +916,7 @@ def test_an_epoch_is_a_permutation_and_its_incomplete_batch_is_dropped():
 
 
 # ------------------------------------------------------------------------------------------------
-# A run: what it reports and what it leaves
+# A run: its reports and its files
 
 
 def test_training_writes_its_metrics_to_the_terminal_a_file_and_TensorBoard(capsys, monkeypatch):
@@ -934,7 +934,7 @@ def test_training_writes_its_metrics_to_the_terminal_a_file_and_TensorBoard(caps
     first, *others, last = capsys.readouterr().out.splitlines()
     assert "epoch 2: 5/5, 0:00:00 left " in others
     assert first == (
-        "textures: 500 images, 200 labeled test images; 15 steps of 100; lr 0.4 * 100 / 256 = 0.1562; "
+        "textures: 500 images in 10 classes, 200 test images; 15 steps of 100; lr 0.4 * 100 / 256 = 0.1562; "
         "1 x cpu, torch.float32; results in runs/textures"
     )
     assert last.endswith("next: python eval.py runs/textures")
@@ -984,8 +984,7 @@ def test_kNN_and_erank_use_the_backbones_features_of_all_test_images():
     assert erank == pytest.approx(entropy.exp().item(), rel=1e-3)
     in_order = test.subset(torch.cat([torch.zeros(300, dtype=torch.long), torch.arange(200)]))
     assert all(train.monitor(t, in_order, knn)[0] > 1.5 for knn in (True, False))  # not of the first 256
-    test.labels = None
-    assert train.monitor(t, test, knn=True)[1] is None
+    assert train.monitor(t, None, knn=True)[1] is None
 
 
 def test_periodic_checkpoints_and_the_best_one_are_kept(monkeypatch):
@@ -1093,6 +1092,7 @@ def test_a_new_run_needs_a_new_folder_and_resume_an_existing_run(pretrained, cap
 def test_a_folder_may_move_but_not_change_before_a_resume(size, capsys):
     photos = write_folder(Path("photos"), parts=["."])
     train.main(["photos", *FOLDER, "--image-size", str(size), "--out", "run"])
+    assert capsys.readouterr().out.endswith("next: python eval.py run --holdout\n")  # it has no test images
     moved = photos.rename("moved")
     train.main(["moved", "--resume", "run"])
     (moved / "cat/0.jpg").rename(moved / "dog/9.jpg")  # as many images as before, in another order
@@ -1104,7 +1104,7 @@ class Evil:
         return (os.mkdir, ("executed",))
 
 
-def test_damaged_and_hostile_checkpoints_give_one_line_and_are_never_executed(pretrained, capsys):
+def test_damaged_and_malicious_checkpoints_give_one_line_and_are_never_executed(pretrained, capsys):
     file = Path("run/checkpoint.pt")
     torch.save({"model": Evil()}, "evil.pt")
     half = file.read_bytes()[:5000]
@@ -1115,13 +1115,13 @@ def test_damaged_and_hostile_checkpoints_give_one_line_and_are_never_executed(pr
     assert not Path("executed").exists()
 
 
-def test_ctrl_c_and_full_memory_give_one_line_with_the_remedy(capsys, monkeypatch):
+def test_ctrl_c_and_out_of_memory_give_one_line_with_the_remedy(capsys, monkeypatch):
     def broken(self, *args):
         raise error
 
     monkeypatch.setattr(train.Trainer, "update", broken)
     error = KeyboardInterrupt()
-    assert "interrupted: continue with --resume one" in fails([*TINY, "--out", "one"], capsys)
+    assert "interrupted: repeat the command with --resume one" in fails([*TINY, "--out", "one"], capsys)
     error = torch.OutOfMemoryError()
     assert "out of memory: use a smaller --batch-size" in fails([*TINY, "--out", "two"], capsys)
 
@@ -1202,9 +1202,9 @@ train.main([*{NOISE}, "--resume", "run"])
 
 @pytest.fixture(scope="session", autouse=True)
 def torchrun(tmp_path_factory, request):
-    """Two trainings by two processes, in the second of which one is killed: the command, and its folder.
+    """Two trainings in two processes; one process is killed in the second. Yields torchrun and its folder.
 
-    It is started before the first test, because importing torch so often takes a while.
+    It is started before the first test, because importing torch in all processes takes a while.
     """
     if not any("torchrun" in item.name for item in request.session.items):
         yield
@@ -1324,7 +1324,7 @@ def test_protocols_train_on_the_training_set_and_classify_images_independently(t
 
 
 @pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune", "finetune --untrained"])
-def test_a_probe_changes_no_weight_fine_tuning_all_and_training_from_scratch_BN_too(
+def test_a_probe_keeps_the_backbone_fine_tuning_changes_its_weights_and_scratch_its_BN_statistics_too(
     task, pretrained, monkeypatch, capsys
 ):
     backbones, load_backbone = [], evaluation.load_backbone
@@ -1443,6 +1443,7 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
             torch.testing.assert_close(written[name], by_hand(net, part), rtol=1e-4, atol=1e-5)
             assert torch.equal(written[f"{name}_labels"], part.labels)
     train.main([str(fill(Path("plain"), ".")), *FOLDER, "--batch-size", "2", "--out", "unlabeled"])
+    assert capsys.readouterr().out.endswith("next: python eval.py unlabeled --features FILE\n")
     evaluation.main(["unlabeled", "--features", "plain.pt"])
     assert torch.load("plain.pt", weights_only=True)["train"].shape == (2, 16)
     assert "has no labeled test images" in fails(["unlabeled", "knn"], capsys, evaluation.main)
@@ -1504,24 +1505,24 @@ def test_both_scripts_read_files_of_the_authors_and_of_torchvision(capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# What a user can get wrong: one line, exit status 2, and nothing is lost
+# User errors: one line, exit status 2, and no file is overwritten
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--epochs 0", "argument --epochs: invalid int, 1 or more, value: '0'"),
-    ("--batch-size 600", "textures has 500 images, fewer than --batch-size 600: lower it"),
+    ("--epochs 0", "argument --epochs: invalid int >= 1 value: '0'"),
+    ("--batch-size 600", "found 500 training images, fewer than --batch-size 600: lower it"),
     ("--warmup-epochs 20", "must be below --epochs"),
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
     ("--eta-momentum 0.8 --pairs 2", "without --alternate, --pairs"),
     ("--out used", "used exists: continue it with --resume used"),
-    ("nowhere", "is neither a data set (textures, cifar10, cifar100) nor a folder"),
+    ("nowhere", "is not a folder, an .npz file or one of textures, cifar10, cifar100: give its path"),
     ("empty", "Couldn't find any class folder in"),
     ("broken", "no readable image was found"),
     ("--init nowhere.pt", "nowhere.pt cannot be read as a checkpoint (FileNotFoundError"),
     ("eval pixels", "pixels does not name its data set: add --data"),
     ("eval run --labels-per-class 51", "stripes has only 50 images"),
     ("eval run linear --save taken.pt", "taken.pt exists, or its folder does not"),
-    ("eval run knn --save new.pt", "--save keeps a network with its classifier"),
+    ("eval run knn --save new.pt", "--save needs a network and a classifier"),
     ("eval run predict", "predict needs image files"),
     ("eval run predict a.png", "is not a classifier: create one with linear --save"),
 ])  # fmt: skip
@@ -1569,10 +1570,8 @@ def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(cap
     assert images.std[0] == images.std[2] == 1e-3 and images.std[1] > 0.1
 
 
-def test_a_folder_named_like_a_data_set_and_a_slow_choice_are_reported(capsys):
-    Path("textures").mkdir()
-    args_of("textures")
-    assert "write ./textures" in capsys.readouterr().out
+def test_a_path_with_the_name_of_a_data_set_is_a_folder_and_a_slow_choice_is_reported(capsys):
+    assert args_of("textures").data == "textures"
     assert args_of("./textures").data == os.path.realpath("textures")
     assert "224 pixels are very slow on a CPU: consider --recipe small" in capsys.readouterr().out
 

@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 train.py IMAGENET   # the paper's ImageNet recipe, on eight GPUs
     python train.py --resume runs/textures          # continue an interrupted run
 
-Reading order: recipes, one training step, the loop, monitoring, two variants from Sec. 5.2, data, command
-line, plumbing. The first third is the method; the rest is found in every training script.
+Reading order: recipes, one training step, the loop and its monitoring, two variants from Sec. 5.2, data,
+command line, plumbing. The first four are the method; the rest is found in every training script.
 
 Three names appear everywhere. `args`: the flags; --help explains each, and a recipe gives the defaults.
 `images`: a data set, of class Images from the section "Data". `rank`: the number of this process, which is 0
@@ -69,8 +69,8 @@ TEXTURES = CIFAR | dict(  # ours: two minutes on two CPU cores
 )  # fmt: skip
 SMALL = TEXTURES | dict(  # ours: small photographs on a laptop; tuned on CIFAR-10 with --holdout
     arch="small-resnet", width=32, epochs=50, base_lr=0.24, knn_every=10,
-    # Views of 24 pixels: RandomResizedCrop magnifies objects, so in these they are about as large as in a
-    # test image of 32 pixels (arXiv 1906.06423). They also cost half as much.
+    # RandomResizedCrop magnifies objects. In views of 24 pixels, objects are about as large as in a test
+    # image of 32 pixels (arXiv 1906.06423). Smaller views also cost half as much.
     view_scale=0.75,
 )  # fmt: skip
 RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet": IMAGENET, "small": SMALL}
@@ -81,7 +81,7 @@ RECIPES = {"textures": TEXTURES, "cifar10": CIFAR, "cifar100": CIFAR, "imagenet"
 
 
 class Trainer:
-    """Model, optimizer and counters. `update` takes one step; `state_dict` has all that --resume needs."""
+    """Model, optimizer and counters. `update` takes a step; `state_dict` returns what --resume needs."""
 
     def __init__(self, args: argparse.Namespace, images: "Images"):
         self.args = args
@@ -97,7 +97,7 @@ class Trainer:
         self.step = 0
         self.sums = torch.zeros(2, device=self.device)  # sums of loss and spread over the current epoch
         self.history: list[dict[str, Any]] = []  # one row per epoch
-        self.writer: Any = None  # of TensorBoard
+        self.writer: Any = None  # TensorBoard's SummaryWriter, with --tensorboard
 
         torch.manual_seed(args.seed)  # the same initial weights in every process
         model = build_model(args)
@@ -112,9 +112,9 @@ class Trainer:
         self.parallel = nn.parallel.DistributedDataParallel(self.model) if self.world_size > 1 else self.model
 
     def update(self, batch: Tensor, indices: Tensor) -> None:
-        """Takes one step on this process's share of a batch: uint8 images (see two_views), their indices."""
+        """Takes one step on this process's part of a batch: uint8 images (see two_views) and indices."""
         args = self.args
-        # All random numbers of a step depend only on these three, so a resumed run repeats it exactly.
+        # The random numbers drawn here depend only on these three values, so a resumed run repeats them.
         torch.manual_seed(seed_of(args.seed, self.step, self.rank))
         x1, x2 = two_views(batch.to(self.device, non_blocking=batch.is_pinned()), self.images.view_size, args)
         x1 = normalize(x1, self.images)
@@ -122,7 +122,7 @@ class Trainer:
 
         lr = learning_rate(self.step, self.total_steps, self.peak_lr, self.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr if group["constant"] else lr  # constant: the predictor's (Table 1c)
+            group["lr"] = self.peak_lr if group["constant"] else lr  # constant for h (Table 1c)
 
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             p1, p2, z1, z2 = self.parallel(x1, x2)
@@ -160,7 +160,7 @@ class Trainer:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state_dict, always saved at the end of an epoch. Exits if the data has changed."""
+        """Restores a state_dict, which is always saved between epochs. Exits if the data has changed."""
         if state["fingerprint"] != self.fingerprint:
             fail(f"{self.args.data} has changed since the run started: restore it, or start a new run")
         self.model.load_state_dict(state["model"])
@@ -195,7 +195,7 @@ def normalize(x: Tensor, images: "Images") -> Tensor:
 
 def seed_of(*parts: Any) -> int:
     """A 32-bit seed from anything that can be printed."""
-    return zlib.crc32(repr(parts).encode(errors="surrogateescape"))
+    return zlib.crc32(repr(parts).encode())
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int) -> float:
@@ -234,10 +234,10 @@ def build_model(args: argparse.Namespace) -> SimSiam:
 
 
 def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> None:
-    """Trains from the checkpoint, or from scratch, to the last epoch. Exits if a batch cannot be filled."""
+    """Trains from the checkpoint or from scratch. Exits if a batch is larger than the data set."""
     images, test = load_data(args)
     if len(images) < args.batch_size:
-        fail(f"{args.data} has {len(images)} images, fewer than --batch-size {args.batch_size}: lower it")
+        fail(f"found {len(images)} training images, fewer than --batch-size {args.batch_size}: lower it")
     args.mean, args.std = images.mean, images.std  # measured unless given; saved with the checkpoint
     trainer = Trainer(args, images)
     check_shared_memory(images, args.pairs * args.batch_size // trainer.world_size, args.workers)
@@ -254,11 +254,12 @@ def pretrain(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> Non
             show_progress(f"epoch {epoch}", done, trainer.steps_per_epoch, began)
         report(trainer, test, epoch, seconds=time.monotonic() - began)
         save_checkpoints(trainer)
-    log(f"done; next: python eval.py {args.out}" + ("" if images.labels is not None else " --features FILE"))
+    flag = " --features FILE" if images.labels is None else "" if test else " --holdout"
+    log(f"done; next: python eval.py {args.out}{flag}")
 
 
 def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] | None) -> None:
-    """Restores the checkpoint, or makes a folder for a new run. Prints the settings."""
+    """Restores the checkpoint or creates a new run's folder. Prints settings; evaluates before step 0."""
     args = trainer.args
     if checkpoint:
         trainer.load_state_dict(checkpoint)
@@ -266,14 +267,14 @@ def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] 
         if args.init:
             load_backbone_weights(trainer.model.backbone, args.init)
         if trainer.rank == 0:
-            os.makedirs(args.out, exist_ok=bool(args.resume))  # an error if another run made it meanwhile
+            os.makedirs(args.out, exist_ok=bool(args.resume))  # fails if another run has just created it
     if args.tensorboard and trainer.rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # needs: pip install tensorboard
 
         trainer.writer = SummaryWriter(args.out, purge_step=len(trainer.history) + 1)
-    tests = "no" if test is None or test.labels is None else len(test)
+    kind = "without labels" if trainer.images.labels is None else f"in {len(trainer.images.classes)} classes"
     log(
-        f"{args.data}: {len(trainer.images)} images, {tests} labeled test images; "
+        f"{args.data}: {len(trainer.images)} images {kind}, {len(test) if test else 'no'} test images; "
         f"{trainer.total_steps} steps of {args.batch_size}; "
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak_lr:.4g}; "
         f"{trainer.world_size} x {args.device}, {trainer.amp or torch.float32}; results in {args.out}"
@@ -321,7 +322,7 @@ def report(trainer: Trainer, test: "Images | None", epoch: int, seconds: float) 
 
 
 def diagnose(history: list[dict[str, Any]]) -> str:
-    """A warning if the run looks unhealthy, else "". The bounds separate the runs in README's tables."""
+    """Returns a warning if a run looks unhealthy, else "". The thresholds separate the README's runs."""
     if not history:
         return ""
     loss, spread_ = history[-1]["loss"], history[-1]["spread"]
@@ -336,7 +337,7 @@ def diagnose(history: list[dict[str, Any]]) -> str:
 
 
 def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, float | None]:
-    """Effective rank of up to 256 feature vectors; and kNN top-1 on the test images, a fraction, or None.
+    """Returns the effective rank of up to 256 feature vectors; and kNN top-1 on test images, or None.
 
     Both use the features of the backbone and not z, because only the backbone is kept after training.
     """
@@ -345,7 +346,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
     shown = test or trainer.images
     # 256 images, evenly spaced, because images are often sorted by class.
     sample = torch.linspace(0, len(shown) - 1, min(256, len(shown))).long()
-    if not knn or test is None or test.labels is None or trainer.images.labels is None:
+    if not knn or test is None:
         return effective_rank(extract_features(backbone, shown.subset(sample), **options)).item(), None
     bank = extract_features(backbone, trainer.images, **options)
     features = extract_features(backbone, test, **options)
@@ -355,7 +356,7 @@ def monitor(trainer: Trainer, test: "Images | None", knn: bool) -> tuple[float, 
 
 
 def default_k(labels: Tensor) -> int:
-    """k of kNN: the authors' 200, but at most the size of the smallest class, which would be outvoted."""
+    """k of kNN: 200, but at most the size of the smallest class, which would otherwise be outvoted."""
     return min(200, int(labels.unique(return_counts=True)[1].min()))
 
 
@@ -364,7 +365,7 @@ def extract_features(
     backbone: nn.Module, images: "Images", device: torch.device,
     amp: torch.dtype | None = None, workers: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Features (N, D), float32, of all images in order, not augmented; the backbone is in eval mode.
+    """Returns float32 features (N, D) of all images, in order, without augmentation and in eval mode.
 
     The processes share the work, and each returns the features of all images.
     """
@@ -397,19 +398,19 @@ class Targets(nn.Module):
 
     def __init__(self, model: SimSiam, n: int, args: argparse.Namespace):
         super().__init__()
-        # --alternate K: the targets of K steps come from a copy of the weights made before the first one.
+        # --alternate N: the targets of N steps come from a copy of the model made before these steps.
         self.every = args.alternate
         self.old = copy.deepcopy(model).requires_grad_(False) if self.every > 1 else None
-        # --eta-momentum: a moving average over the visits to an image approximates the expectation over
-        # augmentations. In the paper it replaces h: add --predictor none. Starting at zero is harmless at
-        # the first visit, because the cosine ignores the length of a target.
+        # --eta-momentum: a moving average of an image's projections over epochs approximates their
+        # expectation over augmentations. In the paper it replaces h: add --predictor none. It can start
+        # at zero, because the cosine ignores the length of a target.
         self.momentum = args.eta_momentum
         self.register_buffer("eta", torch.zeros(n, args.dim) if self.momentum else None)
 
     def forward(
         self, step: int, indices: Tensor, model: SimSiam, x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the replacements of z1 and z2, (N, d) each. indices: those of the images, (N,)."""
+        """Returns the targets that replace z1 and z2, (N, d) each. indices: image indices, (N,)."""
         if self.old is not None:
             if step % self.every == 0:
                 self.old.load_state_dict(model.state_dict())
@@ -426,7 +427,7 @@ class Targets(nn.Module):
 # Data
 
 Source = Tensor | list[str]  # uint8 (N, 3, H, W) in memory, or N paths of files that are decoded when needed
-Part = tuple[Source, Tensor | None, list[str]]  # the training or test part of a data set; labels; class names
+Part = tuple[Source, Tensor | None, list[str]]  # training or test images, their labels, and class names
 
 
 class Images(torch.utils.data.Dataset):
@@ -470,7 +471,7 @@ class Images(torch.utils.data.Dataset):
         return torch.stack(pairs)
 
     def __getitem__(self, request: tuple[Tensor, str | None]) -> tuple[Tensor, Tensor]:
-        """A whole batch and its indices. request: indices and a seed, or None for no augmentation."""
+        """Returns a batch and its indices. request: indices, and a seed or None (no augmentation)."""
         indices, seed = request
         return (self.plain(indices) if seed is None else self.raw(indices, seed)), indices
 
@@ -483,14 +484,14 @@ class Images(torch.utils.data.Dataset):
         return part
 
     def fingerprint(self) -> list[int]:
-        """The number of images and a checksum, so that --resume detects changed data."""
+        """The number of images and a checksum of pixels or file names; --resume compares them."""
         if isinstance(self.source, Tensor):
             return [len(self), zlib.crc32(self.source.numpy())]
         return [len(self), seed_of([Path(path).name for path in self.source])]
 
 
 def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
-    """Training and test images of args.data. The test images may be None, and so may any labels."""
+    """The training images of args.data, perhaps without labels, and the labeled test images or None."""
     if args.data == "textures":
         parts = [(*textures(5000, seed=0), PATTERNS), (*textures(2000, seed=1), PATTERNS)]
     elif args.data in ("cifar10", "cifar100"):
@@ -505,16 +506,18 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         tenth = max(1, len(images) // 10)
         images, test = images.subset(order[tenth:]), images.subset(order[:tenth])
+    if test and (images.labels is None or test.labels is None):
+        test = None  # both kNN and the linear probe need labels
     if None in (images.mean, images.std):
         mean, std = channel_statistics(images)
         images.mean, images.std = images.mean or mean, images.std or std
-    if test is not None:
+    if test:
         test.mean, test.std = images.mean, images.std
     return images, test
 
 
 def channel_statistics(images: Images) -> tuple[list[float], list[float]]:
-    """Channel means and standard deviations, in [0, 1], of up to 1,000 files. Exits if all stds are 0."""
+    """Channel means and stds, in [0, 1], of images in memory or 1,000 files. Exits if all stds are 0."""
     sample = torch.linspace(0, len(images) - 1, min(1000, len(images))).long()
     pixels = images.source if isinstance(images.source, Tensor) else images.plain(sample)
     stats = [torch.std_mean(pixels[:, channel].float() / 255, correction=0) for channel in range(3)]
@@ -539,7 +542,7 @@ def load_cifar(name: str, root: str, train: bool) -> tuple[Tensor, Tensor, list[
 
 
 def load_npz(path: str) -> list[Part]:
-    """MedMNIST's format: train_images, train_labels, test_images, test_labels; all but the first optional.
+    """Reads MedMNIST's format: train_images and, optionally, train_labels, test_images and test_labels.
 
     Images are uint8, (N, H, W) or (N, H, W, 3); labels are integers, (N,) or (N, 1), one per image.
     Exits if images are not uint8, or if a label is negative (in STL-10, -1 means unlabeled).
@@ -563,16 +566,17 @@ def load_npz(path: str) -> list[Part]:
 
 
 def load_folder(root: Path, size: int) -> list[Part]:
-    """Images below a folder: root/train/CLASS/ and root/val/CLASS/ (or test/); or root/CLASS/; or root/.
+    """Reads images from root/train/CLASS/ and root/val/CLASS/ (or test/); or root/CLASS/; or root/.
 
-    Images directly in root/train/ (or in root/, if there is no train/) mean that there are no labels.
+    If images are directly in root/train/ (or in root/ if train/ is missing), no labels are used.
     Unreadable files are skipped, and so is a test folder with other classes. Exits if no image is found.
     """
     if not root.is_dir():
-        fail(f"{root} is neither a data set ({', '.join(DATASETS)}) nor a folder nor an .npz file")
+        fail(f"{root} is not a folder, an .npz file or one of {', '.join(DATASETS)}: give its path (--data)")
     training = root / "train" if (root / "train").is_dir() else root
-    if any(datasets.folder.is_image_file(path.name) for path in training.iterdir()):
-        log(f"{training} has images outside class folders: all images below it are used, without labels")
+    loose = [path.name for path in training.iterdir() if datasets.folder.is_image_file(path.name)]
+    if loose:
+        log(f"{training}: {loose[0]} is outside a class folder, so all images are used without labels")
         files = sorted(training.rglob("*"))
         paths = [str(path) for path in files if datasets.folder.is_image_file(path.name)]
         return [(read_files(paths, size)[0], None, [])]
@@ -586,7 +590,7 @@ def load_folder(root: Path, size: int) -> list[Part]:
                 raise FileNotFoundError(f"its classes differ from those of {training}: {sorted(differ)[:5]}")
         except FileNotFoundError as error:  # also raised if there are no class folders, or an empty one
             if folder == training:
-                fail(str(error))
+                fail(f"{folder}: {error}")
             log(f"{folder} is not used as the test set: {error}")
             continue
         source, good = read_files([path for path, _ in found.samples], size)
@@ -595,10 +599,10 @@ def load_folder(root: Path, size: int) -> list[Part]:
 
 
 def read_files(paths: list[str], size: int) -> tuple[Source, Tensor]:
-    """Reads N files. Returns the M readable ones, (M, 3, size, size), or above 64 pixels their paths.
+    """Reads N files. Returns the M readable images, (M, 3, size, size), or their paths if size > 64.
 
-    Also returns a mask (N,) of the readable files. Exits if there is none. All files are decoded once at the
-    start, because a damaged one would otherwise end the training later.
+    Also returns a mask (N,) of the readable files. Exits if no file is readable. All files are decoded
+    at the start, because a damaged one would otherwise end the training later.
     """
     in_memory = size <= 64
 
@@ -620,17 +624,17 @@ def read_files(paths: list[str], size: int) -> tuple[Source, Tensor]:
     bad = [f"{path} ({result})" for path, result in zip(paths, results) if isinstance(result, Exception)]
     if bad:
         names = ", ".join(bad[:5])
-        log(f"warning: skipped {len(bad)} of {len(paths)} files, unreadable: {names}", file=sys.stderr)
+        log(f"warning: skipped {len(bad)} of {len(paths)} files as unreadable: {names}", file=sys.stderr)
     if not readable:
-        fail("no readable image was found")
+        fail(f"no readable image was found among {len(paths)} files: check the files")
     return (torch.stack(readable) if in_memory else readable), good
 
 
 def decode(path: str, draft: bool = False) -> Tensor:
     """Reads an image file as uint8 (3, H, W), turned upright, with transparent pixels white.
 
-    Gray images of 9 to 32 bits keep the eight highest bits that they use, so two exposures of one scene may
-    differ in brightness. Raises an error for a damaged file, and for pixels that are floating-point numbers.
+    Gray images of 9 to 32 bits keep the eight highest bits in use. This scaling differs between files, so
+    their brightness is not comparable. Raises an error for damaged files and floating-point pixels.
     draft: decodes a JPEG at an eighth of its size, which is fast but still reads the whole file.
     """
     with Image.open(path) as file:
@@ -649,7 +653,7 @@ def decode(path: str, draft: bool = False) -> Tensor:
 
 
 def center_crop(images: Tensor, size: int) -> Tensor:
-    """The center, (..., 3, size, size). Larger images are resized as on ImageNet: to 256, crop to 224."""
+    """The center, (..., 3, size, size). As on ImageNet, larger images are resized to size * 256 / 224."""
     side = min(images.shape[-2:])
     images = v2.functional.center_crop(images, [side, side])
     side = round(size * 256 / 224) if side > size else size
@@ -665,7 +669,7 @@ def schedule(n: int, batch: int, seed: int, steps: range, pairs: int = 1) -> Ite
     rank, world_size = rank_and_world_size()
     for step in steps:
         epoch, position = divmod(step, n // batch)
-        if position == 0 or step == steps.start:  # the latter when a run resumes
+        if position == 0 or step == steps.start:  # a new epoch, or the first step of this call
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
         mine = order[position * batch : (position + 1) * batch][rank::world_size]
         yield mine.repeat(pairs), f"{seed} {epoch}"
@@ -676,7 +680,7 @@ def make_loader(images: Images, requests: Any, workers: int) -> torch.utils.data
     return torch.utils.data.DataLoader(
         images,
         sampler=requests,  # each request is passed to __getitem__
-        batch_size=None,  # because a request already asks for a whole batch
+        batch_size=None,  # because each request is already for a whole batch
         num_workers=0 if isinstance(images.source, Tensor) else workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -749,19 +753,19 @@ def build_parser(description: str, add_own_flags: Callable[..., None]) -> argpar
     usage = "%(prog)s [arguments] [flags]"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
-    recipes = "defaults: the data's own; imagenet for folders, small for .npz"
+    recipes = "default: the recipe named like the data set; imagenet for folders, small for .npz"
     parser.add_argument("--recipe", choices=RECIPES, metavar="|".join(RECIPES), help=recipes)
     add_own_flags(parser)
 
     flag = parser.add_argument_group("images and backbone").add_argument
     flag("--arch", choices=ARCHS, metavar="ARCH", help="convnet, small-resnet or any torchvision ResNet")
     flag("--stem", choices=["imagenet", "cifar"], help="ResNet stem: imagenet for 224 pixels, cifar for 32")
-    flag("--width", type=number(int, 1), metavar="N", help="channels of the first layer of our networks")
+    flag("--width", type=number(int, 1), metavar="N", help="first-layer channels: convnet, small-resnet")
     flag("--image-size", type=number(int, 8), metavar="PIXELS", help="side of an image")
     flag("--mean", type=float, nargs=3, metavar="X", help="channel means (default: measured, or ImageNet's)")
     flag("--std", type=float, nargs=3, metavar="X", help="channel standard deviations")
-    flag("--data-dir", default="data", metavar="FOLDER", help="CIFAR is downloaded to it (default: data)")
-    holdout = "test on a tenth of the training images (default in eval.py: as in the run)"
+    flag("--data-dir", default="data", metavar="FOLDER", help="where to download CIFAR (default: data)")
+    holdout = "hold out a tenth of the training images for testing (default in eval.py: as in the run)"
     flag("--holdout", action=argparse.BooleanOptionalAction, default=False, help=holdout)
 
     flag = parser.add_argument_group("machine").add_argument
@@ -774,13 +778,13 @@ def build_parser(description: str, add_own_flags: Callable[..., None]) -> argpar
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of train.py, with those that matter most first."""
+    """Adds the flags of train.py, the most important first."""
     flag = parser.add_argument
     data = "a folder, FILE.npz, textures (the default), cifar10 or cifar100"
     flag("data", nargs="?", type=full_name, metavar="DATA", help=data)
     flag("--epochs", type=number(int, 1), metavar="N")
     flag("--out", metavar="RUN", help="a new folder for the run (default: runs/DATA)")
-    flag("--resume", metavar="RUN", help="continue the run in this folder; with DATA, start it if it is new")
+    flag("--resume", metavar="RUN", help="continue this run; with DATA, start it if it does not exist")
     flag("--init", metavar="FILE", help="initialize the backbone from any checkpoint that eval.py reads")
 
     flag = parser.add_argument_group("heads and optimization").add_argument
@@ -790,7 +794,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--batch-size", type=number(int, 2), metavar="N", help="total over all processes (Table 2)")
     flag("--base-lr", type=number(float, 0), metavar="X", help="lr = base_lr * batch_size / 256 (Sec. 3)")
     flag("--weight-decay", type=number(float, 0), metavar="X")
-    flag("--warmup-epochs", type=number(int, 0), metavar="N", help="default: 0, or 10 from batch 1024 on")
+    flag("--warmup-epochs", type=number(int, 0), metavar="N", help="default: 0; 10 if batch >= 1024")
     flag("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="auto: bf16 where supported")
 
     flag = parser.add_argument_group("augmentation").add_argument
@@ -805,11 +809,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--predictor-hidden", type=number(int, 1), metavar="N", help="default: --dim / 4 (App. B)")
     flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="in heads (Table 3)")
     flag("--affine", action="store_true", help="learn scale and shift in the BN on z (Sec. 4.4)")
-    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="D (Sec. 4.5)")
+    flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="loss (Sec. 4.5)")
     flag("--asymmetric", action="store_true", help="use one direction only, D(p1, z2) (Sec. 4.6)")
     flag("--pairs", type=number(int, 1), default=1, metavar="N", help="view pairs per image (Sec. 4.6)")
     flag("--alternate", type=number(int, 1), default=1, metavar="N", help="steps per target net (Sec. 5.2)")
-    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="averaged target (Sec. 5.2)")
+    flag("--eta-momentum", type=number(float, 0), default=0.0, metavar="M", help="EMA of targets (Sec. 5.2)")
 
     flag = parser.add_argument_group("reports and checkpoints").add_argument
     flag("--knn-every", type=number(int, 0), metavar="N", help="epochs between kNN evaluations; 0: never")
@@ -827,12 +831,12 @@ def number(kind: type, minimum: float) -> Callable[[str], float]:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__}, {minimum} or more,"  # for argparse's error message
+    parse.__name__ = f"{kind.__name__} >= {minimum}"  # for argparse's error message
     return parse
 
 
 def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, and the checkpoint to resume from or None. Flags override it; it overrides the recipe."""
+    """Returns flags and the checkpoint or None. Defaults come from the checkpoint, else the recipe."""
     about = "Pretrain SimSiam. Defaults not shown here come from the recipe: see the top of train.py."
     parser = build_parser(about, add_training_flags)
     # Parsed twice: first to find the checkpoint and the recipe, then with their values as defaults.
@@ -848,7 +852,7 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
     for name in saved.keys() - {*MAY_CHANGE}:
         now = getattr(args, name)
         if now != saved[name]:
-            fail(f"--resume: the run has {name} = {saved[name]}, not {now}; --init starts a new run from it")
+            fail(f"--resume: the run has {name} = {saved[name]}, not {now}: omit it, or use --init")
     args.out = args.resume or args.out or next_run(data)
     if not args.resume and Path(args.out).exists():
         fail(f"{args.out} exists: continue it with --resume {args.out}, or choose another --out")
@@ -861,8 +865,8 @@ def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[st
 def check_shared_memory(images: Images, batch: int, workers: int) -> None:
     """Exits if /dev/shm cannot hold the workers' batches, because the workers would wait forever.
 
-    A worker prepares two batches: of up to 250 images for features, and of `batch` pairs of crops. Containers
-    have 64 MB by default; 512 pairs of crops of 224 pixels take 154 MB.
+    Each loader prepares two batches per worker: up to 250 images for features, `batch` pairs of crops for
+    training. Containers have 64 MB by default; 512 pairs of crops of 224 pixels take 154 MB.
     """
     if isinstance(images.source, Tensor) or not workers or not os.path.isdir("/dev/shm"):
         return
@@ -873,20 +877,18 @@ def check_shared_memory(images: Images, batch: int, workers: int) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Exits if flags cannot work together."""
+    """Exits if flags are incompatible; warns of flags that are probably unintended."""
     world_size = rank_and_world_size()[1]
     if args.batch_size % world_size or args.batch_size < 2 * world_size:
         fail(f"--batch-size {args.batch_size}: use a multiple of {world_size}, with 2 or more per process")
     if args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} (default 10 from batch 1024 on) must be below --epochs")
+        fail(f"--warmup-epochs {args.warmup_epochs} (default: 10 if batch >= 1024) must be below --epochs")
     if args.device == "cpu" and args.image_size > 64:
         log(f"warning: {args.image_size} pixels are very slow on a CPU: consider --recipe small")
-    if args.data in DATASETS and os.path.isdir(args.data):
-        log(f"note: this is the data set {args.data}; for the folder of that name, write ./{args.data}")
     if args.keep_best and not (args.holdout and args.knn_every):
-        fail("--keep-best needs --holdout and --knn-every: the test images must not choose the checkpoint")
+        fail("--keep-best needs --holdout and --knn-every: use both, to select without the test images")
     if args.eta_momentum and (world_size, args.alternate, args.pairs, args.similarity) != (1, 1, 1, "cosine"):
-        fail("--eta-momentum works in one process, without --alternate, --pairs or --similarity")
+        fail("--eta-momentum works only in one process, without --alternate, --pairs or --similarity")
 
 
 def full_name(data: str) -> str:
@@ -902,7 +904,7 @@ def recipe_of(name: str | None, data: str) -> dict[str, Any]:
 
 def next_run(data: str) -> str:
     """runs/DATA, or the first of runs/DATA-2, runs/DATA-3, ... that does not exist."""
-    base = f"runs/{Path(data).name.removesuffix('.npz')}"
+    base = f"runs/{Path(data).name.removesuffix('.npz').replace(' ', '-')}"
     names = (base if i == 1 else f"{base}-{i}" for i in itertools.count(1))
     return next(name for name in names if not Path(name).exists())
 
@@ -935,7 +937,7 @@ def setup_distributed() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    # After a restart by torchrun 2.14, the store still holds the addresses of the dead processes.
+    # A prefix per restart, because torchrun 2.14 leaves the addresses of dead processes in the store.
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -962,14 +964,14 @@ def fail(message: str) -> NoReturn:
 
 
 def show_progress(what: str, done: int, total: int, began: float) -> None:
-    """On a terminal, shows progress and time left on one line, at most a hundred times. began: seconds."""
+    """On a terminal, shows progress and time left on one line, 100 times at most. began: monotonic time."""
     if sys.stdout.isatty() and done % math.ceil(total / 100) == 0:
         left = datetime.timedelta(seconds=round((time.monotonic() - began) * (total - done) / done))
         log(f"{what}: {done}/{total}, {left} left", end=" \r")
 
 
 def save(trainer: Trainer, name: str = "checkpoint.pt") -> None:
-    """Writes a checkpoint and metrics.jsonl. A crash leaves the old checkpoint or the new one, complete."""
+    """Writes a checkpoint and metrics.jsonl. A crash leaves the old or the new checkpoint intact."""
     if trainer.rank > 0:
         return
     out = Path(trainer.args.out)
@@ -994,7 +996,7 @@ def save_checkpoints(trainer: Trainer) -> None:
 
 
 def load_backbone_weights(backbone: nn.Module, path: str) -> None:
-    """Loads a backbone's weights from a file of train.py, the authors or torchvision. Exits on a misfit."""
+    """Loads weights from train.py, the authors or torchvision. Exits if they do not fit the backbone."""
     checkpoint = read_checkpoint(path)
     weights = {}
     for name, value in checkpoint.get("backbone", checkpoint.get("state_dict", checkpoint)).items():
@@ -1009,12 +1011,12 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> None:
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint file, or the checkpoint.pt in a run's folder. Never executes code from the file."""
+    """Reads a checkpoint file, or checkpoint.pt in a run's folder. Never executes code from the file."""
     file = Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds of errors for damaged files
-        fail(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:100]})")
+        fail(f"{file} cannot be read as a checkpoint ({type(error).__name__}): give the folder of a run")
 
 
 def save_views(trainer: Trainer) -> None:
@@ -1039,7 +1041,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         fail("out of memory: use a smaller --batch-size or --image-size, or --knn-every 0")
     except KeyboardInterrupt:
-        fail(f"interrupted: continue with --resume {args.out}")
+        fail(f"interrupted: repeat the command with --resume {args.out} to continue")
     if dist.is_initialized():  # not after an error: it would wait for processes that wait for this one
         dist.destroy_process_group()
 

@@ -16,11 +16,11 @@ PANELS = [
     ("knn", 0.0, 1.0, "kNN top-1"),
 ]
 COLORS = ["#1b6ca8", "#c8401f", "#3a8a3e"]
-WIDTH, HEIGHT, TOP = 250, 170, 30  # of a panel, pixels
+WIDTH, HEIGHT, TOP = 250, 170, 30  # size and top edge of a panel, in pixels
 
 
 def draw_panel(left: int, key: str, low: float, high: float, title: str, curves: list) -> None:
-    """curves: for each curve a list of runs, each of which is a list of the rows of metrics.jsonl."""
+    """Prints one panel. curves: one list of runs per curve; a run is a list of rows of metrics.jsonl."""
     bottom = TOP + HEIGHT
     print(f'<text x="{left}" y="20" font-weight="bold">{title}</text>')
     for step in range(5):

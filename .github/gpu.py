@@ -3,9 +3,9 @@
     python .github/gpu.py WORK --minutes 9                 # CIFAR-10 is downloaded into WORK/data
     python .github/gpu.py WORK --minutes 9 --data FOLDER   # or a folder with its images
 
-WORK receives runs, a log, and results.jsonl with the rows. When called again, it measures the rows that are
-missing. NCCL and SyncBN need two cards and are not tried. With --device cpu --tiny, the script itself can be
-tried on a CPU, which is all that we could do.
+WORK receives runs, a log, and results.jsonl with the rows. A second call measures only missing rows and
+repeats the comparison of a resumed run. NCCL and SyncBN need two cards and are not tested. With --device
+cpu --tiny, the script itself can be tested on a CPU; we have not run it on a GPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Table:
         self.done = dict(json.loads(line) for line in lines)
 
     def row(self, name: str, *words: object, lines: int = 1) -> None:
-        """Measures a row, unless it is known or the time is over, and prints it."""
+        """Measures a row, unless it is already known or the time is up, and prints it."""
         if name not in self.done and time.monotonic() < self.deadline:
             try:
                 self.done[name] = "; ".join(self.run(*words)[-lines:])
@@ -42,7 +42,7 @@ class Table:
         print(f"| {name} | {self.done.get(name, 'not yet')} |", flush=True)
 
     def run(self, *words: object) -> list[str]:
-        """The lines that `python WORDS` prints. Raises an error if it fails or takes too long."""
+        """Returns the output lines of `python WORDS`. Raises an error if it fails or times out."""
         left = self.deadline - time.monotonic()
         with open(self.work / "log", "a") as log:
             command = [sys.executable, *map(str, words)]
@@ -51,7 +51,7 @@ class Table:
 
 
 def compare_resumed(table: Table, flags: list[str]) -> None:
-    """Prints by how much the weights differ if a run is resumed from the middle."""
+    """Prints the largest difference between the weights of a whole run and of a resumed one."""
     for run in ("whole", "parts"):
         shutil.rmtree(table.work / run, ignore_errors=True)
     table.run(HERE / "train.py", "textures", *flags, "--epochs", 4, "--keep-every", 2, "--out", "whole")
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with train/ and test/")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--epochs", type=int, default=200, help="of CIFAR-10")
+    parser.add_argument("--epochs", type=int, default=200, help="epochs on CIFAR-10")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try this script")
     args = parser.parse_args()

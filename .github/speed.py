@@ -1,9 +1,9 @@
-"""Measures the speed of a training step, and the share of its parts.
+"""Measures the speed of a training step, and each part's share of the time.
 
     python .github/speed.py 40                        # 40 steps of the recipe textures
     python .github/speed.py 40 --amp off --baseline 0 2   # and with PIL transforms, 0 or 2 workers
 
-All other words are flags of train.py. A speed is a ratio: run two in turns on one machine.
+All other arguments are flags of train.py. Compare two versions by alternating their runs on one machine.
 """
 
 import argparse
@@ -46,11 +46,11 @@ class TwoViews(Dataset):
 
 def synchronize() -> None:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a GPU's work runs behind Python's back
+        torch.cuda.synchronize()  # because GPU kernels run asynchronously
 
 
 def images_per_second(step: Callable[[], None], trainer: train.Trainer, steps: int) -> str:
-    for _ in range(12):  # not timed, because workers are some batches ahead
+    for _ in range(12):  # warmup, not timed, because workers have prefetched some batches
         step()
     synchronize()
     began = time.perf_counter()
@@ -79,7 +79,7 @@ def measure_baseline(trainer: train.Trainer, steps: int, workers: int) -> str:
 
 
 def measure_parts(trainer: train.Trainer, batches: Iterator, steps: int) -> str:
-    """The calls of Trainer.update one by one, each with its share of the time."""
+    """Runs the parts of Trainer.update one by one. Returns each part's share of the time."""
     spent: collections.Counter[str] = collections.Counter()
     last = time.perf_counter()
 
