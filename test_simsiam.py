@@ -781,7 +781,7 @@ def test_a_npz_file_in_the_format_of_medmnist_is_a_data_set(capsys):
         assert all(torch.equal(part.source[:, c], torch.tensor(made[f"{name}_images"])) for c in range(3))
         assert torch.equal(part.labels, torch.tensor(made[f"{name}_labels"])[:, 0])
     rgb = torch.randint(256, (9, 8, 8, 3), dtype=torch.uint8)
-    np.savez("rgb.npz", train_images=rgb.numpy())
+    np.savez("rgb.npz", train_images=rgb.numpy(), test_images=rgb.numpy())  # without labels: of no use
     images, test = train.load_data(args_of("rgb.npz"))
     assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
     np.savez("unlabeled.npz", **made | dict(train_labels=np.arange(40) - 1))
