@@ -804,10 +804,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("the paper's ablations, all off by default").add_argument
     flag("--no-stop-gradient", action="store_true", help="remove the stop-gradient: collapse (Fig. 2)")
-    flag("--predictor", choices=["mlp", "none", "fixed"], default="mlp", help="Table 1a: none; 1b: fixed")
+    flag("--predictor", choices=["mlp", "none", "fixed"], default="mlp", help="the predictor h (Table 1a, b)")
     flag("--decay-predictor-lr", action="store_true", help="cosine decay for the predictor too (Table 1)")
     flag("--predictor-hidden", type=number(int, 1), metavar="N", help="default: --dim / 4 (App. B)")
-    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="in heads (Table 3)")
+    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="BN in heads (Table 3)")
     flag("--affine", action="store_true", help="learn scale and shift in the BN on z (Sec. 4.4)")
     flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="loss (Sec. 4.5)")
     flag("--asymmetric", action="store_true", help="use one direction only, D(p1, z2) (Sec. 4.6)")
