@@ -807,7 +807,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--predictor", choices=["mlp", "none", "fixed"], default="mlp", help="the predictor h (Table 1a, b)")
     flag("--decay-predictor-lr", action="store_true", help="cosine decay for the predictor too (Table 1)")
     flag("--predictor-hidden", type=number(int, 1), metavar="N", help="default: --dim / 4 (App. B)")
-    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="BN in heads (Table 3)")
+    flag("--bn", choices=["none", "hidden", "default", "all"], default="default", help="heads (Table 3)")
     flag("--affine", action="store_true", help="learn scale and shift in the BN on z (Sec. 4.4)")
     flag("--similarity", choices=["cosine", "cross-entropy"], default="cosine", help="loss (Sec. 4.5)")
     flag("--asymmetric", action="store_true", help="use one direction only, D(p1, z2) (Sec. 4.6)")
