@@ -1266,10 +1266,14 @@ def backbone_of(run):
     return net
 
 
+def data_of(run):
+    return train.load_data(evaluation.get_args([run])[0])
+
+
 def test_kNN_votes_by_features_or_by_pixels_and_reports_the_worst_classes(
     pretrained, monkeypatch, capsys
 ):
-    images, test = train.load_data(evaluation.get_args(["run"])[0])
+    images, test = data_of("run")
     test = test.subset(torch.cat([(test.labels < 3).nonzero()[:, 0], torch.arange(20)]))  # unequal classes
     monkeypatch.setattr(evaluation, "load_data", lambda args: (images, test))
     for name, net, flags, k, temperature in (
@@ -1339,7 +1343,7 @@ def test_a_probe_keeps_the_backbone_fine_tuning_changes_its_weights_and_scratch_
         changes = "untrained" in task or ("finetune" in task and not statistic)
         assert torch.equal(value, backbones[0].state_dict()[name]) != changes, name
     if "finetune" in task:
-        images, test = train.load_data(evaluation.get_args(["run"])[0])
+        images, test = data_of("run")
         bank = by_hand(before, images.subset(evaluation.few_labels(images, 2, seed=1)))
         head = torch.load("classifier.pt", weights_only=True)["head"]
         kept = torch.allclose(head["0.running_mean"], bank.mean(dim=0), atol=1e-6)
@@ -1410,7 +1414,7 @@ def test_few_labels_are_n_per_class_and_depend_on_the_seed():
 
 def test_neighbors_png_shows_the_nearest_training_images_in_green_or_red(pretrained, capsys):
     evaluate(capsys, pretrained, "knn")
-    images, test = train.load_data(evaluation.get_args(["run"])[0])
+    images, test = data_of("run")
     bank, queries = (by_hand(backbone_of(pretrained), part) for part in (images, test))
     picture = v2.functional.pil_to_tensor(Image.open("run/neighbors.png"))
     assert picture.shape == (3, 10 * 106 + 2, 9 * 106 + 2)
@@ -1439,7 +1443,7 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
     tuned.load_state_dict(torch.load("classifier.pt", weights_only=True)["backbone"])
     for file, net in (("frozen.pt", backbone_of(pretrained)), ("tuned.pt", tuned)):
         written = torch.load(file, weights_only=True)
-        for name, part in zip(("train", "test"), train.load_data(evaluation.get_args(["run"])[0])):
+        for name, part in zip(("train", "test"), data_of("run")):
             torch.testing.assert_close(written[name], by_hand(net, part), rtol=1e-4, atol=1e-5)
             assert torch.equal(written[f"{name}_labels"], part.labels)
     train.main([str(fill(Path("plain"), ".")), *FOLDER, "--batch-size", "2", "--out", "unlabeled"])
@@ -1452,7 +1456,7 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
 @pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune"])
 def test_a_saved_classifier_predicts_as_it_did_when_it_was_trained(task, pretrained, capsys):
     _, share = evaluate(capsys, "run", *task.split(), "--epochs", 2, "--save", "classifier.pt")
-    _, test = train.load_data(evaluation.get_args(["run"])[0])
+    _, test = data_of("run")
     files = [f"{i:03}.png" for i in range(200)]
     for file, x in zip(files, test.source):
         v2.functional.to_pil_image(x).save(file)
