@@ -784,6 +784,8 @@ def test_a_npz_file_in_the_format_of_medmnist_is_a_data_set(capsys):
     np.savez("rgb.npz", train_images=rgb.numpy(), test_images=rgb.numpy())  # without labels: of no use
     images, test = train.load_data(args_of("rgb.npz"))
     assert torch.equal(images.source, rgb.permute(0, 3, 1, 2)) and images.labels is test is None
+    np.savez("half.npz", **dict([*made.items()][:3]))  # test images without labels
+    assert train.load_data(args_of("half.npz"))[1] is None
     np.savez("unlabeled.npz", **made | dict(train_labels=np.arange(40) - 1))
     assert "train_labels has the negative label -1" in fails(["unlabeled.npz"], capsys)
     np.savez("float.npz", train_images=np.zeros((4, 8, 8)))
@@ -1080,7 +1082,7 @@ def test_a_new_run_needs_a_new_folder_and_resume_an_existing_run(pretrained, cap
     for name in ("runs/textures", "runs/textures-2", "runs/cam-2", "late"):
         Path(name).mkdir(parents=True)
     assert args_of().out == "runs/textures-3" and args_of("elsewhere/cam").out == "runs/cam"
-    assert args_of("cam", "--resume", "runs/cam").out == "runs/cam"
+    assert args_of("cam", "--resume", "runs/cam").out == "runs/cam" and args_of("my cam").out == "runs/my-cam"
     assert "--resume run" in fails([*TINY, "--out", "run"], capsys)
     args = args_of(*TINY)
     args.out = "late"  # another run has started in the meantime
@@ -1575,8 +1577,7 @@ def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(cap
 
 
 def test_a_path_with_the_name_of_a_data_set_is_a_folder_and_a_slow_choice_is_reported(capsys):
-    assert args_of("textures").data == "textures"
-    assert args_of("./textures").data == os.path.realpath("textures")
+    assert args_of("textures").data == "textures" != args_of("./textures").data == os.path.realpath("textures")
     assert "224 pixels are very slow on a CPU: consider --recipe small" in capsys.readouterr().out
 
 
