@@ -1577,7 +1577,7 @@ def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(cap
 
 
 def test_a_path_with_the_name_of_a_data_set_is_a_folder_and_a_slow_choice_is_reported(capsys):
-    assert args_of("textures").data == "textures" != args_of("./textures").data == os.path.realpath("textures")
+    assert args_of("./textures").data == os.path.realpath("textures")
     assert "224 pixels are very slow on a CPU: consider --recipe small" in capsys.readouterr().out
 
 
