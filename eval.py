@@ -55,7 +55,7 @@ def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in train.labels.unique():
-        of_class = order[train.labels[order] == label]  # the images of this class, in random order
+        of_class = order[train.labels[order] == label]
         if len(of_class) < per_class:
             fail(f"--labels-per-class {per_class}: {train.classes[label]} has only {len(of_class)} images")
         chosen.append(of_class[:per_class])
@@ -65,7 +65,7 @@ def few_labels(train: Images, per_class: int, seed: int) -> Tensor:
 def plan(
     train: Images, batch: int, args: argparse.Namespace
 ) -> tuple[list[tuple[Tensor, str]], list[Tensor]]:
-    """Returns (indices, seed) and labels of all steps, (batch,) each. Repeats sets smaller than a batch."""
+    """Requests (see Images) and labels, (batch,), for all steps. Sets smaller than a batch are repeated."""
     repeated = torch.arange(len(train)).repeat(math.ceil(batch / len(train)))
     steps = range(args.epochs * (len(repeated) // batch))
     requests = [(repeated[i], seed) for i, seed in schedule(len(repeated), batch, args.seed, steps)]
@@ -73,10 +73,10 @@ def plan(
 
 
 def cropped_batches(
-    images: Images, steps: list[tuple[Tensor, str]], args: argparse.Namespace
+    images: Images, requests: list[tuple[Tensor, str]], args: argparse.Namespace
 ) -> Iterator[Tensor]:
     """Yields randomly cropped, flipped and normalized images for every step, (batch, 3, size, size)."""
-    for batch, _ in make_loader(images, steps, args.workers):
+    for batch, _ in make_loader(images, requests, args.workers):
         x = batch.to(args.device).float() / 255
         # From files, the loader has already cut two crops; the first is enough here.
         x = x[:, 0] if x.ndim == 5 else crop_and_flip(x, images.size, args.min_scale)
@@ -84,18 +84,18 @@ def cropped_batches(
 
 
 def fit(
-    model: nn.Module, batches: Iterable[Tensor], targets: list[Tensor], peak_lr: float,
+    model: nn.Module, batches: Iterable[Tensor], labels: list[Tensor], peak_lr: float,
     clip: float = math.inf, after_step: Callable[[int], None] = lambda step: None,
 ) -> None:  # fmt: skip
-    """Trains the model on batches and their targets, (B,) each, by SGD with cosine decay of the lr.
+    """Trains the model on batches and their labels, (B,) each, by SGD with cosine decay of the lr.
 
     No weight decay. clip: maximum gradient norm. after_step: called with the number of steps done.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.SGD(weights, lr=peak_lr, momentum=0.9)
-    for step, (x, target) in enumerate(zip(batches, targets)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, len(targets), peak_lr, warmup_steps=0)
-        loss = F.cross_entropy(model(x), target.to(x.device))
+    for step, (x, label) in enumerate(zip(batches, labels)):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(labels), peak_lr, warmup_steps=0)
+        loss = F.cross_entropy(model(x), label.to(x.device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, clip)
@@ -125,17 +125,17 @@ def linear_probe(backbone: nn.Module, train: Images, bank: Tensor, args: argpars
     --augment instead draws random crops in every epoch and uses SGD with lr 30 on raw features (App. A).
     """
     batch = args.batch_size or 256
-    steps, targets = plan(train, batch, args)
+    requests, labels = plan(train, batch, args)
     head = new_head(bank, len(train.classes), args.seed)
     base_lr = 1.0
-    batches: Iterable[Tensor] = (bank[indices] for indices, _ in steps)
+    batches: Iterable[Tensor] = (bank[indices] for indices, _ in requests)
     if args.augment:
         head[0] = nn.Identity()
         base_lr = 30.0
-        batches = (backbone(x) for x in cropped_batches(train, steps, args))
+        batches = (backbone(x) for x in cropped_batches(train, requests, args))
     if args.base_lr is not None:
         base_lr = args.base_lr
-    fit(head, batches, targets, base_lr * batch / 256)
+    fit(head, batches, labels, base_lr * batch / 256)
     return head
 
 
@@ -145,10 +145,10 @@ def finetune(
     """Trains the backbone in place and a linear classifier on top of it. Returns the classifier."""
     batch = args.batch_size or 64
     base_lr = 0.1 if args.base_lr is None else args.base_lr
-    steps, targets = plan(train, batch, args)
+    requests, labels = plan(train, batch, args)
     head = new_head(bank, len(train.classes), args.seed)
     # First the head alone: the gradients of an untrained head would damage the backbone.
-    fit(head, (bank[indices] for indices, _ in steps), targets, batch / 256)
+    fit(head, (bank[indices] for indices, _ in requests), labels, batch / 256)
 
     model = nn.Sequential(backbone.requires_grad_(True), head)
     # BN keeps its statistics from pretraining, because few labeled images give worse ones. An untrained
@@ -156,15 +156,15 @@ def finetune(
     model.train(mode=args.untrained)
 
     def report(step: int) -> None:
-        if step * 10 // len(steps) > (step - 1) * 10 // len(steps):  # ten times
+        if step * 10 // len(labels) > (step - 1) * 10 // len(labels):  # ten times
             scores = extract_features(model, test, args.device, workers=args.workers)  # (N, classes)
             accuracy = (scores.argmax(dim=1).cpu() == test.labels).float().mean()
-            epoch = round(step * args.epochs / len(steps))
+            epoch = round(step * args.epochs / len(labels))
             print(f"  epoch {epoch}/{args.epochs}: top-1 {accuracy:.2%}", flush=True)
 
     # Gradients are clipped, because this lr would be far too large for the small pretrained weights.
-    crops = cropped_batches(train, steps, args)
-    fit(model, crops, targets, base_lr * batch / 256, clip=1.0, after_step=report)
+    crops = cropped_batches(train, requests, args)
+    fit(model, crops, labels, base_lr * batch / 256, clip=1.0, after_step=report)
     model.eval().requires_grad_(False)
     return head
 
@@ -181,7 +181,7 @@ def evaluate(args: argparse.Namespace) -> None:
     options = dict(device=args.device, workers=args.workers)
     if test is None:
         if not args.features or args.task:
-            fail(f"{args.data} has no labeled test images: use --holdout, or --features FILE and no task")
+            fail(f"{args.data} has no labeled test images: use --holdout if labeled, else --features alone")
         torch.save(dict(train=extract_features(backbone, train, **options).cpu()), args.features)
         return
     if args.labels_per_class:
@@ -300,10 +300,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("--untrained", action="store_true", help="the same network, randomly initialized from --seed")
     flag("--labels-per-class", type=number(int, 1), metavar="N", help="use only N labeled images per class")
     flag("--save", metavar="FILE", help="write the classifier of linear or finetune, for predict")
-    flag("--features", metavar="FILE", help="write features and labels (finetune: after fine-tuning)")
+    flag("--features", metavar="FILE", help="write features and any labels (finetune: after fine-tuning)")
 
     flag = parser.add_argument_group("protocols").add_argument
-    flag("--k", type=number(int, 1), metavar="N", help="neighbors (default: 200, or smallest class)")
+    flag("--k", type=number(int, 1), metavar="N", help="neighbors (default: 200, at most the smallest class)")
     flag("--temperature", type=number(float, 0.001), default=0.2, metavar="T", help="kNN (default: 0.2)")
     flag("--augment", action="store_true", help="linear probe with random crops and SGD, lr 30 (App. A)")
     flag("--epochs", type=number(int, 1), default=90, metavar="N", help="training epochs (default: 90)")

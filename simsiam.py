@@ -5,11 +5,11 @@
 
 The idea. Take two random views of one image, for example two crops with different colors. An encoder f
 maps both to vectors. A small predictor h has to predict one of the vectors from the other. To do this well,
-f must encode what the two views have in common, the content of the image, and so it learns features without
+f must encode the content of the image, which both views have in common, and so it learns features without
 labels. There is a shortcut: if f maps every image to the same vector, the prediction is perfect and the
 features are useless. The stop-gradient prevents this: the vector to be predicted is treated as a constant
-(Fig. 2). The predictor is necessary too (Table 1a). Negative pairs, a momentum encoder and large batches
-are not.
+(Fig. 2). The predictor is necessary too (Table 1a). Not necessary are negative pairs (views of two different
+images), a momentum encoder (a moving average of f that computes the targets) and large batches.
 
 Algorithm 1 of the paper:
 
@@ -43,10 +43,10 @@ Usage. This example runs as it is, on random images:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = model.backbone.eval()(x)                              # (8, 512); standardize x here too
+    features = model.backbone.eval()(x)       # (8, 512); standardize x; model.train() to train on
 
 In a long training, let the encoder's lr decay by a cosine, and keep the predictor's constant (Table 1c). On
-several GPUs, convert the model with SyncBatchNorm (Sec. 3).
+several GPUs, convert the model with SyncBatchNorm (Sec. 3). See Trainer and build_optimizer in train.py.
 
 Differences from the authors' code and from the paper (skip these on a first reading):
   - The stop-gradient is inside D, as in Eq. 3, not in forward(), so copying the loss is enough.
@@ -179,7 +179,7 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     arch: "convnet", "small-resnet" (both with the given width), or any ResNet in torchvision.
     stem: first layers of a ResNet: "imagenet" for about 224 pixels, "cifar" for about 32.
     With the stem "imagenet", the state_dict of a ResNet fits torchvision's model, except for the missing
-    `fc`. Raises ValueError for an unknown arch or stem.
+    `fc`.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
@@ -238,8 +238,8 @@ def build_projector(
 def build_predictor(dim: int, hidden: int, bn: str = "default") -> nn.Sequential:
     """The prediction MLP h of Sec. 3: (N, dim) to (N, dim) through a bottleneck."""
     # Sec. 5.1: ideally the target would be the mean of z over all augmentations, but a step samples only
-    # one of them; h may learn that mean. A constant learning rate works best, because h should adapt to
-    # the latest representations (Sec. 4.2, Table 1c).
+    # one of them; h may learn that mean. A constant learning rate works best, perhaps because h should
+    # adapt to the latest representations (Sec. 4.2, Table 1c).
     return nn.Sequential(
         # A bottleneck: with a hidden layer as wide as the output, training can be less stable (App. B).
         *linear_bn_relu(dim, hidden, bn=bn != "none"),  # (N, hidden)
@@ -253,13 +253,12 @@ class SimSiam(nn.Module):
     """Encoder f = projector(backbone(x)) and predictor h, for two views at a time (Sec. 3).
 
     backbone: any module that maps images to (N, feature_dim), from build_backbone, timm or elsewhere.
-    dim: d, the length of z and p; 2048 gives 68.1 %, 1024 67.5, 512 67.2, 256 65.3 (App. B).
+    dim: d, the number of entries of z and p; 2048 gives 68.1 %, 1024 67.5, 512 67.2, 256 65.3 (App. B).
     hidden: width of the projector's hidden layers.
     layers: 3 on ImageNet (Sec. 3), 2 on CIFAR-10 (App. D).
     predictor_hidden: width of the bottleneck of h, by default dim // 4 (App. B).
     bn: layers of the heads that have BN: "none", "hidden", "default" (all but the output of h) or "all".
     affine: learned scale and shift in the BN on z (Sec. 4.4).
-    Raises ValueError for an unknown bn.
     """
 
     def __init__(
@@ -285,14 +284,14 @@ class SimSiam(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# Augmentation (App. A). It processes a whole batch on the batch's device, which is fast. Parameters are
-# drawn for each image, except the order of the color jitter. x is always (N, 3, H, W), float, in [0, 1].
+# Augmentation (App. A) of a batch on its device. Parameters are drawn per image, except the order of the
+# color jitter. x is float, (N, 3, H, W), in [0, 1]. If sizes differ, crop in the loader, then recolor.
 
 
 def augment(x: Tensor, size: int, min_scale: float = 0.2, blur_probability: float = 0.5) -> Tensor:
     """One random view of each image, (N, 3, size, size) in [0, 1]. Call it twice for two views.
 
-    x: (N, 3, H, W), float32 in [0, 1], not standardized. Call this function outside of autocast.
+    x: (N, 3, H, W), float32, not standardized, because values are clamped to [0, 1]. Do not use autocast.
     size: side in pixels, 7 or more if there is blur.
     min_scale: area of the smallest crop, as a fraction of the image area.
     blur_probability: 0.5 is from the authors' code, not from the paper; use 0 for CIFAR-10 (App. D).
@@ -382,23 +381,23 @@ def to_gray(x: Tensor) -> Tensor:
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-# The four operations of ColorJitter, each as in torchvision; f, (N, 1, 1, 1), is one factor per image.
+# The four operations of ColorJitter, each as in torchvision; factor: (N, 1, 1, 1), one per image.
 
 
-def brightness(x: Tensor, f: Tensor) -> Tensor:
-    return (x * f).clamp_(0, 1)
+def brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
 
 
-def contrast(x: Tensor, f: Tensor) -> Tensor:
-    return torch.lerp(to_gray(x).mean(dim=(1, 2, 3), keepdim=True), x, f).clamp_(0, 1)
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x).mean(dim=(1, 2, 3), keepdim=True), x, factor).clamp_(0, 1)
 
 
-def saturation(x: Tensor, f: Tensor) -> Tensor:
-    return torch.lerp(to_gray(x), x, f).clamp_(0, 1)
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(to_gray(x), x, factor).clamp_(0, 1)
 
 
-def hue(x: Tensor, f: Tensor) -> Tensor:
-    """Rotates the hue by the fraction f of a full circle, as a conversion to HSV and back would.
+def hue(x: Tensor, factor: Tensor) -> Tensor:
+    """Rotates the hue by this fraction of a full circle, as a conversion to HSV and back would.
 
     The formulas are not needed to understand the method; a test compares them with torchvision.
     """
@@ -411,7 +410,7 @@ def hue(x: Tensor, f: Tensor) -> Tensor:
         (green - blue).div_(divisor),
         torch.where(value == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)),
     )
-    turn = sector.div_(6).add_(f.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
+    turn = sector.div_(6).add_(factor.view(-1, 1, 1) + 1).unsqueeze(1)  # (N, 1, H, W), positive
     # Around the circle, a channel is at its maximum for a third, at its minimum for a third, and linear in
     # between. The offsets place the peaks of red, green and blue a third of a circle apart. `below` is the
     # distance of a channel from the maximum, as a fraction of the chroma.
@@ -442,10 +441,11 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(z: Tensor) -> Tensor:
-    """Standard deviation of z / |z| over the batch, times sqrt(d): a scalar in [0, 1]. z is (N, d).
+    """Standard deviation of z / |z| over the batch, mean over d entries, times sqrt(d). z is (N, d).
 
-    1: as spread out as random directions. 0: all equal, which is collapse (Sec. 4.1, Fig. 2 middle). With
-    BN on z, collapse leaves a spread of about 2 sqrt(N - 1) / N: 0.25 for 64 images and 0.09 for 512.
+    A scalar in [0, 1]. 1: as spread out as random directions. 0: all equal, which is collapse (Sec. 4.1,
+    Fig. 2 middle). With BN on z, collapse leaves a spread of about 2 sqrt(N - 1) / N: 0.25 for 64 images
+    and 0.09 for 512.
     """
     # A vector of d independent Gaussian entries has a length of about sqrt(d). Divided by it, each entry
     # has a standard deviation of 1 / sqrt(d) (footnote 3), so the spread is 1. With BN, the z of a batch

@@ -1,4 +1,4 @@
-"""The claims of this project, one test per claim. Run: python -m pytest -q (two minutes on two CPU cores).
+"""The claims of this project; the name of a test states its claim. Two minutes on two CPU cores.
 
 First the two claims that SimSiam stands on: the stop-gradient, and the collapse without it. Then the method,
 in the order of simsiam.py, and the scripts: a training step, data, a run, resuming it, evaluation, mistakes.
@@ -192,7 +192,7 @@ def assert_unrelated(a, b):
 
 
 @pytest.mark.parametrize("similarity", [negative_cosine, cross_entropy])
-def test_stop_gradient_z_gets_no_gradient_and_p_gets_some(similarity):
+def test_the_stop_gradient_blocks_the_gradient_of_z_and_not_that_of_p(similarity):
     p1, p2, z1, z2 = leaves = [torch.randn(4, 8, requires_grad=True) for _ in range(4)]
     D(p1, z2, similarity=similarity).backward()
     assert z2.grad is None and p1.grad.abs().sum() > 0
@@ -327,7 +327,7 @@ def test_BN_is_in_the_layers_that_table_3_names(bn, projector, predictor):
         SimSiam(nn.Flatten(), 8, bn="al")
 
 
-def test_resnets_are_torchvisions_without_fc_and_blocks_start_as_identities():
+def test_resnets_are_torchvisions_without_fc_and_blocks_start_as_their_shortcuts():
     x = torch.rand(2, 3, 64, 64)
     for arch, dim, last in (("resnet18", 512, "bn2"), ("resnet50", 2048, "bn3")):
         net, feature_dim = build_backbone(arch)
@@ -630,7 +630,7 @@ def test_learning_rate_is_a_linear_warmup_and_then_a_cosine_decay():
     ("--predictor fixed --blur 0.5 --min-scale 0.5 --image-size 24", equation_4),
     ("--view-scale 0.75", equation_4),
 ])  # fmt: skip
-def test_three_updates_are_sgd_written_out(flags, loss):
+def test_three_updates_equal_SGD_written_out(flags, loss):
     """Sec. 3: momentum 0.9, weight decay on everything, lr * batch / 256, cosine for f, constant for h."""
     t, twin = trainer(*flags.split()), trainer(*flags.split())
     args = t.args
@@ -1330,7 +1330,7 @@ def test_protocols_train_on_the_training_set_and_classify_images_independently(t
 
 
 @pytest.mark.parametrize("task", ["linear", "linear --augment", "finetune", "finetune --untrained"])
-def test_a_probe_keeps_the_backbone_fine_tuning_changes_its_weights_and_scratch_its_BN_statistics_too(
+def test_probes_leave_the_backbone_unchanged_and_only_training_from_scratch_updates_BN_statistics(
     task, pretrained, monkeypatch, capsys
 ):
     backbones, load_backbone = [], evaluation.load_backbone
@@ -1437,10 +1437,9 @@ def test_neighbors_png_shows_the_nearest_training_images_in_green_or_red(pretrai
     assert "neighbors.png cannot be written" in out and share > 0
 
 
-def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained, capsys):
+def test_the_features_file_contains_frozen_or_fine_tuned_features_and_any_labels(pretrained, capsys):
     evaluation.main([pretrained, "knn", "--features", "frozen.pt"])
-    flags = "finetune --epochs 2 --features tuned.pt --save classifier.pt"
-    evaluation.main([pretrained, *flags.split()])
+    evaluation.main([pretrained, *"finetune --epochs 2 --features tuned.pt --save classifier.pt".split()])
     tuned, _ = build_backbone("convnet", width=2)
     tuned.load_state_dict(torch.load("classifier.pt", weights_only=True)["backbone"])
     for file, net in (("frozen.pt", backbone_of(pretrained)), ("tuned.pt", tuned)):
@@ -1448,7 +1447,8 @@ def test_features_are_written_frozen_or_tuned_with_labels_or_without(pretrained,
         for name, part in zip(("train", "test"), data_of("run")):
             torch.testing.assert_close(written[name], by_hand(net, part), rtol=1e-4, atol=1e-5)
             assert torch.equal(written[f"{name}_labels"], part.labels)
-    train.main([str(fill(Path("plain"), ".")), *FOLDER, "--batch-size", "2", "--out", "unlabeled"])
+    flags = ["--batch-size", "2", "--out", "unlabeled", "--holdout"]  # without labels, nothing is held out
+    train.main([str(fill(Path("plain"), ".")), *FOLDER, *flags])
     assert capsys.readouterr().out.endswith("next: python eval.py unlabeled --features FILE\n")
     evaluation.main(["unlabeled", "--features", "plain.pt"])
     assert torch.load("plain.pt", weights_only=True)["train"].shape == (2, 16)
@@ -1478,7 +1478,7 @@ def test_a_saved_classifier_predicts_as_it_did_when_it_was_trained(task, pretrai
     assert [float(line[2][:-1]) for line in lines] == pytest.approx(expected.tolist(), abs=0.11)
 
 
-def test_a_saved_classifier_of_a_CIFAR_stem_ResNet_loads_and_a_class_without_images_keeps_its_name(capsys):
+def test_a_classifier_keeps_its_architecture_and_the_names_of_all_classes(capsys):
     pixels, labels = np.zeros((40, 12, 12), np.uint8), np.arange(40) % 2 * 2  # there is no image of class 1
     pixels[labels == 2] = 250
     np.savez("bright.npz", train_images=pixels, train_labels=labels, test_images=pixels, test_labels=labels)
@@ -1521,7 +1521,7 @@ def test_both_scripts_read_files_of_the_authors_and_of_torchvision(capsys):
     ("--keep-best --knn-every 1", "--keep-best needs --holdout"),
     ("--eta-momentum 0.8 --pairs 2", "without --alternate, --pairs"),
     ("--out used", "used exists: continue it with --resume used"),
-    ("nowhere", "is not a folder, an .npz file or one of textures, cifar10, cifar100: give its path"),
+    ("nowhere", "is not a folder, an .npz file or one of textures, cifar10, cifar100: check the path"),
     ("empty", "Couldn't find any class folder in"),
     ("broken", "no readable image was found"),
     ("--init nowhere.pt", "nowhere.pt cannot be read as a checkpoint (FileNotFoundError"),
@@ -1566,7 +1566,7 @@ def test_a_batch_too_large_for_shared_memory_is_refused_before_workers_wait_for_
         train.check_shared_memory(images, 10, workers=1)
 
 
-def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(capsys):
+def test_images_of_a_single_color_are_refused_and_a_constant_channel_is_allowed(capsys):
     for i in range(8):
         write_image(Path(f"gray/{i}.png"), [90, 90, 90])
         write_image(Path(f"green/{i}.png"), [0, 30 * i, 255])
@@ -1576,7 +1576,7 @@ def test_images_of_one_color_give_one_line_and_a_constant_channel_is_allowed(cap
     assert images.std[0] == images.std[2] == 1e-3 and images.std[1] > 0.1
 
 
-def test_a_path_with_the_name_of_a_data_set_is_a_folder_and_a_slow_choice_is_reported(capsys):
+def test_a_path_named_like_a_data_set_is_a_folder_and_large_images_on_a_CPU_are_warned_about(capsys):
     assert args_of("./textures").data == os.path.realpath("textures")
     assert "224 pixels are very slow on a CPU: consider --recipe small" in capsys.readouterr().out
 

@@ -11,8 +11,8 @@ Reading order: recipes, one training step, the loop and its monitoring, two vari
 command line, plumbing. The first four are the method; the rest is found in every training script.
 
 Three names appear everywhere. `args`: the flags; --help explains each, and a recipe gives the defaults.
-`images`: a data set, of class Images from the section "Data". `rank`: the number of this process, which is 0
-unless torchrun starts several. We have not run any of this on a GPU yet.
+`images`: usually a data set, of class Images from the section "Data". `rank`: the number of this process,
+which is 0 unless torchrun starts several. We have not run any of this on a GPU yet.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] 
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak_lr:.4g}; "
         f"{trainer.world_size} x {args.device}, {trainer.amp or torch.float32}; results in {args.out}"
     )
-    log("loss: -1 is the minimum; spread: 1 healthy, 0 collapsed; erank: effective rank of the features")
+    log("loss: at best -1; spread: near 1 healthy, below 0.5 collapsed; erank: effective rank of features")
     if trainer.step == 0:
         save(trainer)
         save_views(trainer)
@@ -322,7 +322,7 @@ def report(trainer: Trainer, test: "Images | None", epoch: int, seconds: float) 
 
 
 def diagnose(history: list[dict[str, Any]]) -> str:
-    """Returns a warning if a run looks unhealthy, else "". The thresholds separate the README's runs."""
+    """Returns a warning if a run looks unhealthy, else "". The thresholds come from the README's runs."""
     if not history:
         return ""
     loss, spread_ = history[-1]["loss"], history[-1]["spread"]
@@ -501,7 +501,7 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images | None]:
     else:
         parts = load_folder(Path(args.data), args.image_size)
     images, test = ([Images(*part, args) for part in parts] + [None])[:2]
-    if args.holdout:
+    if args.holdout and images.labels is not None:
         # The same split for every --seed.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         tenth = max(1, len(images) // 10)
@@ -572,7 +572,7 @@ def load_folder(root: Path, size: int) -> list[Part]:
     Unreadable files are skipped, and so is a test folder with other classes. Exits if no image is found.
     """
     if not root.is_dir():
-        fail(f"{root} is not a folder, an .npz file or one of {', '.join(DATASETS)}: give its path (--data)")
+        fail(f"{root} is not a folder, an .npz file or one of {', '.join(DATASETS)}: check the path")
     training = root / "train" if (root / "train").is_dir() else root
     loose = [path.name for path in training.iterdir() if datasets.folder.is_image_file(path.name)]
     if loose:
@@ -590,7 +590,7 @@ def load_folder(root: Path, size: int) -> list[Part]:
                 raise FileNotFoundError(f"its classes differ from those of {training}: {sorted(differ)[:5]}")
         except FileNotFoundError as error:  # also raised if there are no class folders, or an empty one
             if folder == training:
-                fail(f"{folder}: {error}")
+                fail(f"{folder} or one of its folders contains no .jpg, .png or similar file: {error}")
             log(f"{folder} is not used as the test set: {error}")
             continue
         source, good = read_files([path for path, _ in found.samples], size)
@@ -669,7 +669,7 @@ def schedule(n: int, batch: int, seed: int, steps: range, pairs: int = 1) -> Ite
     rank, world_size = rank_and_world_size()
     for step in steps:
         epoch, position = divmod(step, n // batch)
-        if position == 0 or step == steps.start:  # a new epoch, or the first step of this call
+        if position == 0 or step == steps.start:
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
         mine = order[position * batch : (position + 1) * batch][rank::world_size]
         yield mine.repeat(pairs), f"{seed} {epoch}"
