@@ -179,7 +179,7 @@ def build_backbone(arch: str, stem: str = "imagenet", width: int = 16) -> tuple[
     arch: "convnet", "small-resnet" (both with the given width), or any ResNet in torchvision.
     stem: first layers of a ResNet: "imagenet" for about 224 pixels, "cifar" for about 32.
     With the stem "imagenet", the state_dict of a ResNet fits torchvision's model, except for the missing
-    `fc`.
+    `fc`. Raises ValueError for an unknown arch or stem.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown arch {arch!r}: choose from {', '.join(ARCHS)}")
@@ -259,6 +259,7 @@ class SimSiam(nn.Module):
     predictor_hidden: width of the bottleneck of h, by default dim // 4 (App. B).
     bn: layers of the heads that have BN: "none", "hidden", "default" (all but the output of h) or "all".
     affine: learned scale and shift in the BN on z (Sec. 4.4).
+    Raises ValueError for an unknown bn.
     """
 
     def __init__(
@@ -291,7 +292,7 @@ class SimSiam(nn.Module):
 def augment(x: Tensor, size: int, min_scale: float = 0.2, blur_probability: float = 0.5) -> Tensor:
     """One random view of each image, (N, 3, size, size) in [0, 1]. Call it twice for two views.
 
-    x: (N, 3, H, W), float32, not standardized, because values are clamped to [0, 1]. Do not use autocast.
+    x: (N, 3, H, W), float32 in [0, 1], not standardized, because it clamps. Call it outside of autocast.
     size: side in pixels, 7 or more if there is blur.
     min_scale: area of the smallest crop, as a fraction of the image area.
     blur_probability: 0.5 is from the authors' code, not from the paper; use 0 for CIFAR-10 (App. D).
@@ -397,7 +398,7 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, factor: Tensor) -> Tensor:
-    """Rotates the hue by this fraction of a full circle, as a conversion to HSV and back would.
+    """Rotates the hue by the fraction `factor` of a circle, as a conversion to HSV and back would.
 
     The formulas are not needed to understand the method; a test compares them with torchvision.
     """
@@ -443,9 +444,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 def spread(z: Tensor) -> Tensor:
     """Standard deviation of z / |z| over the batch, mean over d entries, times sqrt(d). z is (N, d).
 
-    A scalar in [0, 1]. 1: as spread out as random directions. 0: all equal, which is collapse (Sec. 4.1,
-    Fig. 2 middle). With BN on z, collapse leaves a spread of about 2 sqrt(N - 1) / N: 0.25 for 64 images
-    and 0.09 for 512.
+    A scalar: 1 if as spread out as random directions, 0 if all are equal, which is collapse (Sec. 4.1). With
+    BN on z, collapse leaves a spread of about 2 sqrt(N - 1) / N: 0.25 for 64 images and 0.09 for 512.
     """
     # A vector of d independent Gaussian entries has a length of about sqrt(d). Divided by it, each entry
     # has a standard deviation of 1 / sqrt(d) (footnote 3), so the spread is 1. With BN, the z of a batch
