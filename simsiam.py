@@ -8,8 +8,8 @@ maps both to vectors. A small predictor h has to predict one of the vectors from
 f must encode the content of the image, which both views have in common, and so it learns features without
 labels. There is a shortcut: if f maps every image to the same vector, the prediction is perfect and the
 features are useless. The stop-gradient prevents this: the vector to be predicted is treated as a constant
-(Fig. 2). The predictor is necessary too (Table 1a). Not necessary are negative pairs (views of two different
-images), a momentum encoder (a moving average of f that computes the targets) and large batches.
+(Fig. 2). The predictor is necessary too (Table 1a). Negative pairs (views of two different images), a
+momentum encoder (a moving average of f that computes the targets) and large batches are not.
 
 Algorithm 1 of the paper:
 
@@ -43,9 +43,9 @@ Usage. This example runs as it is, on random images:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features = model.backbone.eval()(x)       # (8, 512); standardize x; model.train() to train on
+    features = model.backbone.eval()(x)       # (8, 512); standardize x; then model.train() again
 
-In a long training, let the encoder's lr decay by a cosine, and keep the predictor's constant (Table 1c). On
+In long runs, use cosine decay for the encoder's lr, and keep the predictor's constant (Table 1c). On
 several GPUs, convert the model with SyncBatchNorm (Sec. 3). See Trainer and build_optimizer in train.py.
 
 Differences from the authors' code and from the paper (skip these on a first reading):
@@ -496,7 +496,7 @@ def knn_predict(
 
 
 # ------------------------------------------------------------------------------------------------
-# Demonstration: random images, noise as the augmentation, with the stop-gradient and without it.
+# Demonstration, `python simsiam.py`: random images with noise, with the stop-gradient and without it.
 
 if __name__ == "__main__":
     for stop_gradient in (True, False):

@@ -279,7 +279,7 @@ def prepare(trainer: Trainer, test: "Images | None", checkpoint: dict[str, Any] 
         f"lr {args.base_lr} * {args.batch_size} / 256 = {trainer.peak_lr:.4g}; "
         f"{trainer.world_size} x {args.device}, {trainer.amp or torch.float32}; results in {args.out}"
     )
-    log("loss: at best -1; spread: near 1 healthy, below 0.5 collapsed; erank: effective rank of features")
+    log("loss: at best -1; spread: near 1 healthy, low if collapsed; erank: effective rank of features")
     if trainer.step == 0:
         save(trainer)
         save_views(trainer)
@@ -799,7 +799,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
     flag = parser.add_argument_group("augmentation").add_argument
     flag("--min-scale", type=number(float, 0.01), metavar="X", help="smallest crop / image area (App. A)")
-    flag("--view-scale", type=number(float, 0.25), metavar="X", help="side of a view / --image-size")
+    flag("--view-scale", type=number(float, 0.25), metavar="X", help="side of a view, relative to the image")
     flag("--blur", type=number(float, 0), metavar="P", help="probability of Gaussian blur")
 
     flag = parser.add_argument_group("the paper's ablations, all off by default").add_argument
